@@ -1,0 +1,302 @@
+"""How an operator finds its implementation: registration, choice of backend, and the derivative's glue.
+
+An operator has one contract (its public function) and several backends in order of preference. A *plain*
+backend (`chunked`, `reference`) is one differentiable PyTorch function named like the operator. A *kernel*
+backend (C++, Triton) is a module with
+
+    unsupported(*inputs) -> str | None        why these inputs cannot be taken, or None
+    forward(*inputs) -> (outputs, saved)      outputs as the contract says; saved tensors for the backward
+    backward(saved, grads, *inputs) -> grads  one gradient (or None) per tensor argument
+    saved_like(*inputs) -> list[Tensor]       empty tensors shaped like `saved`, for tracing
+    device                                    "cpu" or "cuda": where it is meant to run
+
+For each operator that has kernels two low-level `torch.library` operators are registered,
+`mambakit::name(..., str backend)` and `mambakit::name_backward(..., str backend)`, so kernels trace under
+`torch.compile(fullgraph=True)` and selective checkpointing sees one node. Plain backends are called directly:
+PyTorch already knows everything about them.
+
+The choice looks at device, dtype and shapes only, so it is a constant while tracing. It is process-wide, not
+per thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.config import unknown
+
+registry: dict[str, Op] = {}
+"""Every operator by name."""
+
+_library = torch.library.Library("mambakit", "DEF")
+_forced: dict[str, str] = {}  # operator name, or "*" for all -> backend name
+_said: set[tuple[str, str, str]] = set()
+
+
+class Op:
+    """One operator: its name, its backends in order of preference, and its bookkeeping.
+
+    Args:
+        name: The operator's name; also the name of the function in each plain backend.
+        backends: Backend name -> module, most preferred first; must include `reference`, whose signature is
+            the operator's positional argument list.
+        fake: `fake(*inputs) -> outputs` of empty tensors, needed once the operator has a kernel backend.
+        flops: `flops(*inputs) -> int`, floating-point operations of one forward pass (a multiply-add counts
+            two).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backends: dict[str, types.ModuleType],
+        *,
+        fake: Callable[..., Sequence[Tensor]] | None = None,
+        flops: Callable[..., int] | None = None,
+    ) -> None:
+        self.name = name
+        self.backends = backends
+        self.fake = fake
+        self.flops = flops
+        self.signature = inspect.signature(getattr(backends["reference"], name))
+        self.arguments = list(self.signature.parameters)
+        self.kernels = {key for key, module in backends.items() if hasattr(module, "forward")}
+        self._state_index = self.arguments.index("initial_state") if "initial_state" in self.arguments else None
+        if self.kernels:
+            _register_kernels(self)
+        registry[name] = self
+
+    def __call__(self, *inputs: Any, state: Tensor | None = None, backend: str | None = None) -> Any:
+        """Run the operator on its positional inputs.
+
+        Args:
+            *inputs: The operator's arguments in order.
+            state: A recurrent state to start from and to overwrite in place with the final one; it replaces
+                `initial_state`.
+            backend: A backend's name, or `None` for the enclosing `with backend(...)` or the first able one.
+
+        Returns:
+            What the operator's contract says.
+
+        Raises:
+            ValueError: Both `state` and `initial_state` are given, the backend's name is unknown, or the
+                named backend cannot take these inputs (with its reason).
+        """
+        if state is not None:
+            index = self._state_index
+            if index is None or inputs[index] is not None:
+                raise ValueError(f"{self.name}: give either initial_state or state, not both")
+            inputs = (*inputs[:index], state, *inputs[index + 1 :])
+        outputs = self._run(self.choose(inputs, backend), inputs)
+        if state is not None:
+            state.copy_(outputs[1].detach())
+            outputs = (outputs[0], state, *outputs[2:])
+        return outputs
+
+    def choose(self, inputs: Sequence[Any], backend: str | None = None) -> str:
+        """Name the backend that these inputs go to; see `__call__` for the rules and errors."""
+        wanted = backend or _forced.get(self.name) or _forced.get("*")
+        if wanted in self.backends:
+            reason = self._unsupported(wanted, inputs)
+            if reason is not None:
+                raise ValueError(f"{self.name}: backend {wanted!r} cannot take these inputs: {reason}")
+            return wanted
+        if backend is not None:
+            raise ValueError(f"{self.name}: {unknown('backend', backend, self.backends)}")
+        for name in self.backends:
+            reason = self._unsupported(name, inputs)
+            if reason is None:
+                return name
+            self._say_once(name, reason, inputs)
+        raise ValueError(f"{self.name}: no backend takes these inputs: {self.reasons(*inputs)}")
+
+    def reasons(self, *inputs: Any, **options: Any) -> dict[str, str | None]:
+        """For each backend, why it cannot take these inputs, or `None` where it can."""
+        bound = self.signature.bind(*inputs, **options)
+        bound.apply_defaults()
+        return {name: self._unsupported(name, bound.args) for name in self.backends}
+
+    def _unsupported(self, name: str, inputs: Sequence[Any]) -> str | None:
+        test = getattr(self.backends[name], "unsupported", None)
+        return test(*inputs) if test else None
+
+    def _say_once(self, name: str, reason: str, inputs: Sequence[Any]) -> None:
+        """Warn, once, that a kernel meant for this device was passed over."""
+        meant_for = getattr(self.backends[name], "device", None)
+        if torch.compiler.is_compiling() or inputs[0].device.type != meant_for:
+            return
+        if (self.name, name, reason) not in _said:
+            _said.add((self.name, name, reason))
+            warnings.warn(f"{self.name}: not using the {name} kernels: {reason}", stacklevel=4)
+
+    def _run(self, name: str, inputs: Sequence[Any]) -> Any:
+        device = inputs[0].device.type
+        if name in self.kernels:
+            return _call_kernel(self, name, inputs)
+        function = getattr(self.backends[name], self.name)
+        if torch.is_autocast_enabled(device):
+            # The operators choose their own precision; autocast would round inside the recurrence.
+            with torch.autocast(device, enabled=False):
+                return function(*inputs)
+        return function(*inputs)
+
+
+@contextlib.contextmanager
+def backend(name: str | None = None, **per_op: str) -> Iterator[None]:
+    """Force backends inside a `with` block.
+
+    Args:
+        name: A backend for every operator that has one of that name; operators without it choose as usual.
+        **per_op: `operator=backend` pairs, which win over `name`.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: No operator has a backend of that name, or an operator's name is unknown.
+    """
+    every = {key for op in registry.values() for key in op.backends}
+    if name is not None and name not in every:
+        raise ValueError(unknown("backend", name, every))
+    for op, choice in per_op.items():
+        if op not in registry:
+            raise ValueError(unknown("operator", op, registry))
+        if choice not in registry[op].backends:
+            raise ValueError(f"{op}: {unknown('backend', choice, registry[op].backends)}")
+    before = dict(_forced)
+    _forced.update(per_op if name is None else {"*": name, **per_op})
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def explain(name: str, *inputs: Any, **options: Any) -> str:
+    """Say which backend an operator would use for these inputs, and why not the others.
+
+    Args:
+        name: The operator's name.
+        *inputs: Its inputs, as for the public function.
+        **options: Its keyword arguments, without `state` and `backend`.
+
+    Returns:
+        A table with a line per backend.
+
+    Raises:
+        ValueError: The operator's name is unknown.
+    """
+    if name not in registry:
+        raise ValueError(unknown("operator", name, registry))
+    rows = registry[name].reasons(*inputs, **options)
+    chosen = next((key for key, reason in rows.items() if reason is None), None)
+    width = max(map(len, rows))
+    lines = [
+        f"  {key:<{width}}  {'used' if key == chosen else 'can' if reason is None else 'cannot: ' + reason}"
+        for key, reason in rows.items()
+    ]
+    return "\n".join([name, *lines])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Kernels as torch.library operators
+
+
+_SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "int", float: "float", str: "str"}
+
+
+def _schema(op: Op) -> str:
+    """The operator's arguments in torch's schema language, from the reference's type hints."""
+    hints = typing.get_type_hints(getattr(op.backends["reference"], op.name))
+    words = []
+    for argument in op.arguments:
+        options = [t for t in (typing.get_args(hints[argument]) or (hints[argument],)) if t is not type(None)]
+        optional = "?" if len(options) < len(typing.get_args(hints[argument])) else ""
+        words.append(f"{_SCHEMA_TYPES[options[0]]}{optional} {argument}")
+    return ", ".join(words)
+
+
+def _register_kernels(op: Op) -> None:
+    """Define the two low-level operators, their fakes, and their FLOP formulas."""
+    if op.fake is None:
+        raise ValueError(f"{op.name}: an operator with kernel backends needs a fake")
+    schema = _schema(op)
+    _library.define(f"{op.name}({schema}, str backend) -> Tensor[]")
+    _library.define(f"{op.name}_backward(Tensor[] saved, Tensor[] grads, {schema}, str backend) -> Tensor[]")
+
+    def forward(*arguments: Any) -> list[Tensor]:
+        *inputs, name = arguments
+        outputs, saved = op.backends[name].forward(*inputs)
+        return [*outputs, *saved]
+
+    def forward_fake(*arguments: Any) -> list[Tensor]:
+        *inputs, name = arguments
+        return [*op.fake(*inputs), *op.backends[name].saved_like(*inputs)]
+
+    def backward(saved: list[Tensor], grads: list[Tensor], *arguments: Any) -> list[Tensor]:
+        *inputs, name = arguments
+        found = op.backends[name].backward(saved, grads, *inputs)
+        return [_absent(grads[0]) if grad is None else grad for grad in found]
+
+    def backward_fake(saved: list[Tensor], grads: list[Tensor], *arguments: Any) -> list[Tensor]:
+        *inputs, _ = arguments
+        return [torch.empty_like(t) for t in inputs if isinstance(t, Tensor)]
+
+    for suffix, run, fake in (("", forward, forward_fake), ("_backward", backward, backward_fake)):
+        _library.impl(f"{op.name}{suffix}", run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mambakit::{op.name}{suffix}", fake, lib=_library)
+    if op.flops is not None:
+        from torch.utils.flop_counter import register_flop_formula
+
+        low = torch.ops.mambakit
+        register_flop_formula(getattr(low, op.name), get_raw=True)(lambda *a, out_val=None, **k: op.flops(*a[:-1]))
+        register_flop_formula(getattr(low, f"{op.name}_backward"), get_raw=True)(
+            lambda *a, out_val=None, **k: 2 * op.flops(*a[2:-1])
+        )
+
+
+def _absent(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _call_kernel(op: Op, name: str, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Run a kernel backend, through the derivative's glue only when a gradient is wanted."""
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _Kernel.apply(op, name, *inputs)
+    count = len(op.fake(*(t.to("meta") if isinstance(t, Tensor) else t for t in inputs)))
+    return tuple(getattr(torch.ops.mambakit, op.name)(*inputs, name)[:count])
+
+
+class _Kernel(torch.autograd.Function):
+    """The derivative of every kernel: call the low-level forward, keep what it saved, call the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, name: str, *inputs: Any) -> tuple[Tensor, ...]:
+        count = len(op.fake(*(t.to("meta") if isinstance(t, Tensor) else t for t in inputs)))
+        results = getattr(torch.ops.mambakit, op.name)(*inputs, name)
+        tensors = [t for t in inputs if isinstance(t, Tensor)]
+        ctx.save_for_backward(*tensors, *results[count:])
+        ctx.op, ctx.name, ctx.tensor_count = op, name, len(tensors)
+        ctx.template = [None if isinstance(t, Tensor) else (t,) for t in inputs]
+        ctx.set_materialize_grads(True)
+        return tuple(results[:count])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        tensors = iter(ctx.saved_tensors[: ctx.tensor_count])
+        saved = list(ctx.saved_tensors[ctx.tensor_count :])
+        inputs = [next(tensors) if slot is None else slot[0] for slot in ctx.template]
+        low = getattr(torch.ops.mambakit, f"{ctx.op.name}_backward")
+        found = iter(low(saved, [g.contiguous() for g in grads], *inputs, ctx.name))
+        result = [next(found) if slot is None else None for slot in ctx.template]
+        return (None, None, *(None if g is None or g.numel() == 0 else g for g in result))

@@ -1,0 +1,199 @@
+"""Every operator x backend x case against the float64 reference, and the laws that any backend must obey."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from mambakit import ops
+from mambakit.ops.dispatch import registry
+from mambakit.testing.samples import CASES, Draw
+
+BACKENDS = [(case, name) for case in CASES for name in registry[case.op].backends]
+CHECKED = [pair for pair in BACKENDS if pair[1] != "reference"]
+CARRYING = [pair for pair in BACKENDS if isinstance(pair[0].build(Draw(torch.float64)).get("initial_state"), torch.Tensor)]
+IDS = {"ids": lambda value: str(value)}
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+def run(case, inputs, backend, **extra):
+    """Outputs of an operator as a tuple of tensors."""
+    outputs = getattr(ops, case.op)(**inputs, **extra, backend=backend)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def leaves(inputs):
+    return {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+
+
+def values_and_gradients(case, inputs, backend):
+    """Outputs and the gradient of every input under a fixed random weighting of the outputs."""
+    outputs = [o for o in run(case, inputs, backend) if isinstance(o, torch.Tensor)]
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum().to(torch.complex128).real
+        for o in outputs
+    )
+    wanted = leaves(inputs)
+    gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    named = {f"d{name}": g for name, g in zip(wanted, gradients) if g is not None}
+    return {**{f"output{i}": o.detach() for i, o in enumerate(outputs)}, **named}
+
+
+def widened(inputs):
+    """The same values in float64 (complex128)."""
+    def widen(value):
+        if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return value
+        wide = torch.complex128 if value.is_complex() else torch.float64
+        return value.detach().to(wide).requires_grad_(value.requires_grad)
+
+    return {name: widen(value) for name, value in inputs.items()}
+
+
+def error(found, exact):
+    exact = exact.to(torch.complex128)
+    return ((found.to(torch.complex128) - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("case", "backend"), CHECKED, **IDS)
+def test_values_and_gradients(case, backend, dtype):
+    """Error at most twice the reference's own in the same type, plus the type's rounding."""
+    inputs = case.build(Draw(dtype))
+    exact = values_and_gradients(case, widened(inputs), "reference")
+    reference = values_and_gradients(case, inputs, "reference")
+    found = values_and_gradients(case, inputs, backend)
+    assert found.keys() == reference.keys()
+    for name, value in found.items():
+        assert value.dtype == reference[name].dtype, name
+        assert value.shape == reference[name].shape, name
+        bound = 2 * error(reference[name], exact[name]) + FLOOR[dtype]
+        assert error(value, exact[name]) <= bound, (name, error(value, exact[name]), bound)
+
+
+@pytest.mark.parametrize(("case", "backend"), CARRYING, **IDS)
+def test_halves_with_carried_state_are_the_whole(case, backend):
+    inputs = case.build(Draw(torch.float64))
+    length = inputs[case.sequence[0]].shape[1]
+    whole = run(case, inputs, backend)
+    for cut in {length // 2, length - 1} - {0}:
+        first, second = ({**inputs, **{k: part(inputs[k]) for k in case.sequence if inputs.get(k) is not None}}
+                         for part in (lambda t: t[:, :cut], lambda t: t[:, cut:]))
+        y1, middle = run(case, first, backend)
+        if inputs.get("seq_idx") is not None:
+            same = inputs["seq_idx"][:, cut - 1] == inputs["seq_idx"][:, cut]
+            middle = torch.where(same.view(-1, *[1] * (middle.dim() - 1)), middle, torch.zeros_like(middle))
+        y2, final = run(case, {**second, "initial_state": middle}, backend)
+        torch.testing.assert_close(torch.cat([y1, y2], 1), whole[0], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(final, whole[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("case", "backend"), CARRYING, **IDS)
+def test_token_by_token_in_place_is_the_scan(case, backend):
+    inputs = case.build(Draw(torch.float64))
+    inputs = {**inputs, "seq_idx": None}
+    with torch.no_grad():
+        whole, final = run(case, inputs, backend)
+        state = inputs.pop("initial_state").detach().clone()
+        address, outputs = state.data_ptr(), []
+        for t in range(whole.shape[1]):
+            token = {k: inputs[k][:, t : t + 1] for k in case.sequence if inputs.get(k) is not None}
+            y, returned = run(case, {**inputs, **token}, backend, state=state)
+            assert returned.data_ptr() == address
+            outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(state, final, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("case", "backend"), [p for p in BACKENDS if "packed" in p[0].name], **IDS)
+def test_packed_documents_are_separate(case, backend, dtype):
+    """A document's outputs equal those of the document alone, and other documents cannot move them one bit."""
+    inputs = case.build(Draw(dtype))
+    seq_idx = inputs["seq_idx"]
+    with torch.no_grad():
+        packed = run(case, inputs, backend)[0]
+        documents = seq_idx[0].unique().tolist()
+        assert len(documents) > 2
+        for document in documents[1:]:
+            where = (seq_idx[0] == document).nonzero().flatten()
+            start, stop = where[0].item(), where[-1].item() + 1
+            alone = {k: inputs[k][:1, start:stop] for k in case.sequence if inputs.get(k) is not None}
+            rest = {k: v[:1] if k in ("initial_state",) and v is not None else v for k, v in inputs.items()}
+            rest = {**rest, **alone, "initial_state": None, "seq_idx": None}
+            rest = {k: v for k, v in rest.items() if k in inputs}
+            tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+            torch.testing.assert_close(
+                run(case, rest, backend)[0], packed[:1, start:stop], rtol=tolerance, atol=tolerance
+            )
+        # Change everything before the second document of row 0, the initial state included.
+        border = (seq_idx[0] == documents[1]).nonzero()[0].item()
+        changed = dict(inputs)
+        for name in case.sequence:
+            if name != "seq_idx" and inputs.get(name) is not None:
+                changed[name] = inputs[name].detach().clone()
+                changed[name][0, :border] = 3 * changed[name][0, :border] + 1
+        if isinstance(inputs.get("initial_state"), torch.Tensor):
+            changed["initial_state"] = inputs["initial_state"] * 2 + 1
+        moved = run(case, changed, backend)[0]
+    assert not torch.equal(moved[0, :border], packed[0, :border])
+    assert torch.equal(moved[0, border:], packed[0, border:])
+
+
+@pytest.mark.parametrize(("case", "backend"), CHECKED, **IDS)
+def test_memory_layout_does_not_matter(case, backend):
+    inputs = case.build(Draw(torch.float32))
+    strided = {
+        k: v.detach().repeat_interleave(2, dim=-1)[..., ::2] if isinstance(v, torch.Tensor) and v.dim() > 1 else v
+        for k, v in inputs.items()
+    }
+    with torch.no_grad():
+        for a, b in zip(run(case, strided, backend), run(case, inputs, backend)):
+            if isinstance(a, torch.Tensor):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"), [p for p in CHECKED if p[0].name in ("plain", "packed")], **IDS
+)
+def test_traces_without_graph_breaks(case, backend):
+    inputs = case.build(Draw(torch.float32))
+    compiled = torch.compile(lambda **kw: run(case, kw, backend), fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(**inputs), run(case, inputs, backend)):
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(a, b)
+
+
+def _small(case):
+    inputs = case.build(Draw(torch.float64))
+    return {
+        k: (v[:1, :5] if k in case.sequence else v[:1] if k == "initial_state" else v)
+        if isinstance(v, torch.Tensor) else v
+        for k, v in inputs.items()
+    }
+
+
+@pytest.mark.parametrize(("case", "backend"), [p for p in CHECKED if p[0].name in ("plain", "packed")], **IDS)
+def test_twice_differentiable(case, backend):
+    inputs = {k: v.detach().requires_grad_() if k in leaves(_small(case)) else v for k, v in _small(case).items()}
+    names = list(leaves(inputs))
+
+    def function(*tensors):
+        outputs = run(case, {**inputs, **dict(zip(names, tensors))}, backend)
+        return tuple(o for o in outputs if isinstance(o, torch.Tensor))
+
+    assert torch.autograd.gradgradcheck(function, tuple(inputs[n] for n in names), nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("op", sorted({case.op for case in CASES}))
+def test_public_function_takes_the_references_arguments(op):
+    public = set(inspect.signature(getattr(ops, op)).parameters)
+    assert {"backend"} <= public
+    assert "reference" in registry[op].backends
+
+
+def test_every_operator_has_cases():
+    assert {case.op for case in CASES} == set(registry) - {"fft_conv"}
