@@ -13,7 +13,11 @@ from mambakit.testing.samples import CASES, Draw
 
 BACKENDS = [(case, name) for case in CASES for name in registry[case.op].backends]
 CHECKED = [pair for pair in BACKENDS if pair[1] != "reference"]
-CARRYING = [pair for pair in BACKENDS if isinstance(pair[0].build(Draw(torch.float64)).get("initial_state"), torch.Tensor)]
+CARRYING = [
+    pair
+    for pair in BACKENDS
+    if isinstance(pair[0].build(Draw(torch.float64)).get("initial_state"), torch.Tensor)
+]
 IDS = {"ids": lambda value: str(value)}
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
@@ -33,7 +37,10 @@ def values_and_gradients(case, inputs, backend):
     outputs = [o for o in run(case, inputs, backend) if isinstance(o, torch.Tensor)]
     generator = torch.Generator().manual_seed(1)
     loss = sum(
-        (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum().to(torch.complex128).real
+        (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype))
+        .sum()
+        .to(torch.complex128)
+        .real
         for o in outputs
     )
     wanted = leaves(inputs)
@@ -44,6 +51,7 @@ def values_and_gradients(case, inputs, backend):
 
 def widened(inputs):
     """The same values in float64 (complex128)."""
+
     def widen(value):
         if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
             return value
@@ -80,8 +88,10 @@ def test_halves_with_carried_state_are_the_whole(case, backend):
     length = inputs[case.sequence[0]].shape[1]
     whole = run(case, inputs, backend)
     for cut in {length // 2, length - 1} - {0}:
-        first, second = ({**inputs, **{k: part(inputs[k]) for k in case.sequence if inputs.get(k) is not None}}
-                         for part in (lambda t: t[:, :cut], lambda t: t[:, cut:]))
+        first, second = (
+            {**inputs, **{k: part(inputs[k]) for k in case.sequence if inputs.get(k) is not None}}
+            for part in (lambda t: t[:, :cut], lambda t: t[:, cut:])
+        )
         y1, middle = run(case, first, backend)
         if inputs.get("seq_idx") is not None:
             same = inputs["seq_idx"][:, cut - 1] == inputs["seq_idx"][:, cut]
@@ -147,7 +157,9 @@ def test_packed_documents_are_separate(case, backend, dtype):
 def test_memory_layout_does_not_matter(case, backend):
     inputs = case.build(Draw(torch.float32))
     strided = {
-        k: v.detach().repeat_interleave(2, dim=-1)[..., ::2] if isinstance(v, torch.Tensor) and v.dim() > 1 else v
+        k: v.detach().repeat_interleave(2, dim=-1)[..., ::2]
+        if isinstance(v, torch.Tensor) and v.dim() > 1
+        else v
         for k, v in inputs.items()
     }
     with torch.no_grad():
@@ -156,9 +168,7 @@ def test_memory_layout_does_not_matter(case, backend):
                 torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(
-    ("case", "backend"), [p for p in CHECKED if p[0].name in ("plain", "packed")], **IDS
-)
+@pytest.mark.parametrize(("case", "backend"), [p for p in CHECKED if p[0].name in ("plain", "packed")], **IDS)
 def test_traces_without_graph_breaks(case, backend):
     inputs = case.build(Draw(torch.float32))
     compiled = torch.compile(lambda **kw: run(case, kw, backend), fullgraph=True, backend="aot_eager")
@@ -171,14 +181,17 @@ def _small(case):
     inputs = case.build(Draw(torch.float64))
     return {
         k: (v[:1, :5] if k in case.sequence else v[:1] if k == "initial_state" else v)
-        if isinstance(v, torch.Tensor) else v
+        if isinstance(v, torch.Tensor)
+        else v
         for k, v in inputs.items()
     }
 
 
 @pytest.mark.parametrize(("case", "backend"), [p for p in CHECKED if p[0].name in ("plain", "packed")], **IDS)
 def test_twice_differentiable(case, backend):
-    inputs = {k: v.detach().requires_grad_() if k in leaves(_small(case)) else v for k, v in _small(case).items()}
+    inputs = {
+        k: v.detach().requires_grad_() if k in leaves(_small(case)) else v for k, v in _small(case).items()
+    }
     names = list(leaves(inputs))
 
     def function(*tensors):

@@ -1,0 +1,36 @@
+"""Layers: modules that own parameters, built on the operators.
+
+Importing this package registers every mixer under its `type`.
+"""
+
+from mambakit.layers.attention import Attention, AttentionConfig
+from mambakit.layers.mamba1 import Mamba1, Mamba1Config
+from mambakit.layers.mamba2 import Mamba2, Mamba2Config
+from mambakit.layers.mixer import Context, Mixer, MixerConfig, State
+from mambakit.layers.mlp import GatedMLP, GatedMLPConfig
+from mambakit.layers.s4 import S4, S4Config
+from mambakit.layers.s4d import S4D, S4DConfig
+from mambakit.layers.selective_ssm import SelectiveSSM
+from mambakit.layers.signed_mamba1 import SignedMamba1, SignedMamba1Config
+
+__all__ = [
+    "S4",
+    "S4D",
+    "Attention",
+    "AttentionConfig",
+    "Context",
+    "GatedMLP",
+    "GatedMLPConfig",
+    "Mamba1",
+    "Mamba1Config",
+    "Mamba2",
+    "Mamba2Config",
+    "Mixer",
+    "MixerConfig",
+    "S4Config",
+    "S4DConfig",
+    "SelectiveSSM",
+    "SignedMamba1",
+    "SignedMamba1Config",
+    "State",
+]

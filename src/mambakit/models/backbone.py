@@ -24,6 +24,7 @@ from mambakit.layers.mlp import GatedMLPConfig
 from mambakit.layers.norm import RMSNorm
 from mambakit.models.block import Block
 
+_STATELESS = State()
 _GROUP = re.compile(r"(\d+)(?:\(([^()]*)\)|([^\d()]))")
 
 
@@ -140,7 +141,7 @@ class Backbone(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         recompute = self.checkpoint_blocks and torch.is_grad_enabled()
         for number, block in enumerate(self.blocks):
-            block_state = None if state is None else state[str(number)]
+            block_state = None if state is None else state.get(str(number), _STATELESS)
             if recompute:
                 x = checkpoint(block, x, block_state, context, use_reentrant=False)
             else:

@@ -4,9 +4,27 @@ This is the only place that knows about backends. `ops.backend("reference")` for
 `ops.explain("ssd", ...)` says which would run and why.
 """
 
+from mambakit.ops.attention import KVCache, KVState, attention
+from mambakit.ops.causal_conv1d import causal_conv1d
 from mambakit.ops.dispatch import backend, explain
 from mambakit.ops.linear_scan import linear_scan
+from mambakit.ops.long_conv import fft_conv, s4_conv, s4d_conv
+from mambakit.ops.norm import norm
 from mambakit.ops.selective_scan import selective_scan
 from mambakit.ops.ssd import ssd
 
-__all__ = ["backend", "explain", "linear_scan", "selective_scan", "ssd"]
+__all__ = [
+    "KVCache",
+    "KVState",
+    "attention",
+    "backend",
+    "causal_conv1d",
+    "explain",
+    "fft_conv",
+    "linear_scan",
+    "norm",
+    "s4_conv",
+    "s4d_conv",
+    "selective_scan",
+    "ssd",
+]

@@ -37,6 +37,7 @@ def ssd(
     if length == 1:
         return reference.ssd(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, dt_min, dt_max)
     groups, n = B.shape[2:]
+    per_group = heads // groups
     q = min(CHUNK, length)
     c = -(-length // q)
     out_type, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
@@ -46,31 +47,40 @@ def ssd(
 
     # Whole chunks; the padding has dt = 0: it neither decays the state nor adds to it.
     x, dt, B, C = (_chunks(t.to(work), c, q) for t in (x, dt, B, C))
-    x = x.view(batch, c, q, groups, heads // groups, p)
-    steps = (dt * A).permute(0, 1, 3, 2).reshape(batch, c, groups, heads // groups, q)
-    u = x * dt.view(batch, c, q, groups, heads // groups, 1)
+    steps = (dt * A).permute(0, 1, 3, 2)  # (b, c, h, q), logarithms of the decays
+    u = (x * dt.unsqueeze(-1)).transpose(2, 3)  # (b, c, h, q, p)
+    B, C = (t.transpose(2, 3) for t in (B, C))  # (b, c, g, q, n)
     documents = None if seq_idx is None else _chunks(seq_idx, c, q, repeat_last=True)
+    sees, from_entry = _reach(documents, q, x.device)  # (..., q, q), (b, c, q)
 
-    decay = _pairwise_decay(steps, documents)  # (b, c, g, h/g, q, q)
-    scores = torch.einsum("bctgn,bcsgn->bcgts", C, B)[:, :, :, None] * decay
-    y = torch.einsum("bcgrts,bcsgrp->bctgrp", scores, u)
+    # Inside a chunk: masked, decayed attention.
+    decay = _pairwise_decay(steps)  # (b, c, h, q, q)
+    attention = torch.where(sees, C @ B.mT, 0.0)  # (b, c, g, q, q)
+    scores = attention.unsqueeze(3) * decay.unflatten(2, (groups, per_group))  # (b, c, g, h/g, q, q)
+    y = scores.flatten(2, 3) @ u  # (b, c, h, q, p)
 
-    # State that each chunk leaves behind on its own, then the state entering each chunk.
-    added = torch.einsum("bcsgn,bcgrs,bcsgrp->bcgrpn", B, decay[..., -1, :], u)
-    since_entry = steps.cumsum(-1).exp()  # (b, c, g, h/g, q)
-    if documents is not None:
-        since_entry = since_entry * _reached_from_entry(documents, work)[:, :, None, None]
+    # What each chunk leaves behind on its own, and what it passes on of the state it was given.
+    until_end = torch.where(sees[..., -1, :], decay[..., -1, :], 0.0)  # (b, c, h, q)
+    left = (u * until_end.unsqueeze(-1)).unflatten(2, (groups, per_group))  # (b, c, g, h/g, q, p)
+    left = left.transpose(3, 4).flatten(4).mT @ B  # (b, c, g, h/g p, n)
+    left = left.unflatten(3, (per_group, p)).flatten(2, 3)  # (b, c, h, p, n)
+    since_entry = steps.cumsum(-1).exp()  # (b, c, h, q)
+    if from_entry is not None:
+        since_entry = torch.where(from_entry, since_entry, 0.0)
     entry = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state.to(work)
-    entry = entry.view(batch, groups, heads // groups, p, n)
-    passed = since_entry[..., -1, None, None].expand_as(added)
-    left, final = linear_scan(passed, added, entry)
-    entering = torch.cat([entry[:, None], left[:, :-1]], dim=1)
-    y = y + torch.einsum("bctgn,bcgrpn,bcgrt->bctgrp", C, entering, since_entry)
+    passed = since_entry[..., -1, None, None].expand_as(left)
+    states, final = linear_scan(passed, left, entry)
+    entering = torch.cat([entry.unsqueeze(1), states[:, :-1]], dim=1)
 
-    y = y.reshape(batch, c * q, heads, p)[:, :length]
+    # What the entering state contributes to every token of the chunk.
+    entering = entering.unflatten(2, (groups, per_group)).flatten(3, 4)  # (b, c, g, h/g p, n)
+    carried = (C @ entering.mT).unflatten(-1, (per_group, p)).transpose(3, 4).flatten(2, 3)  # (b, c, h, q, p)
+    y = torch.addcmul(y, carried, since_entry.unsqueeze(-1))
+
+    y = y.transpose(2, 3).reshape(batch, c * q, heads, p)[:, :length]
     if D is not None:
-        y = y + (D if D.dim() == 2 else D[:, None]).to(work) * skip.to(work)
-    return y.to(out_type), final.reshape(batch, heads, p, n)
+        y = torch.addcmul(y, (D if D.dim() == 2 else D[:, None]).to(work), skip.to(work))
+    return y.to(out_type), final
 
 
 def _chunks(tensor: Tensor, c: int, q: int, repeat_last: bool = False) -> Tensor:
@@ -83,32 +93,36 @@ def _chunks(tensor: Tensor, c: int, q: int, repeat_last: bool = False) -> Tensor
     return tensor.reshape(batch, c, q, *rest)
 
 
-def _pairwise_decay(steps: Tensor, documents: Tensor | None) -> Tensor:
-    """`L[t, s] = exp(steps[s+1] + ... + steps[t])` for `s <= t` in one document, else 0.
+def _pairwise_decay(steps: Tensor) -> Tensor:
+    """`exp(steps[s+1] + ... + steps[t])` for `s <= t`; above the diagonal, where nothing is summed, 1.
 
     The sums are taken pair by pair (a masked cumulative sum) and not as differences of one running sum:
     that is exact for long decays, and no rounding of another document reaches a pair.
     """
     q = steps.shape[-1]
-    index = torch.arange(q, device=steps.device)
-    below = index[:, None] > index[None, :]
-    sums = torch.where(below, steps[..., :, None], 0.0).cumsum(-2)
-    allowed = index[:, None] >= index[None, :]
-    if documents is not None:
-        allowed = allowed & (documents[..., :, None] == documents[..., None, :])[:, :, None, None]
-        allowed = allowed & (_border_count(documents)[..., :, None] == _border_count(documents)[..., None, :])[:, :, None, None]
-    return torch.where(allowed, sums, -torch.inf).exp()
+    below = torch.ones(q, q, dtype=torch.bool, device=steps.device).tril(-1)
+    return torch.where(below, steps.unsqueeze(-1), 0.0).cumsum(-2).exp()
 
 
-def _border_count(documents: Tensor) -> Tensor:
-    """How many document borders lie before each token of its chunk `(b, c, q)`."""
+def _reach(documents: Tensor | None, q: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Which tokens reach which: inside a chunk (row sees column), and from the state entering it.
+
+    Args:
+        documents: Document numbers by chunk `(b, c, q)`, or `None` for a single document.
+        q: Tokens per chunk.
+        device: Where the masks live.
+
+    Returns:
+        `(q, q)` or `(b, c, 1, q, q)`: causal and no border in between; and `(b, c, 1, q)`: no border since
+        the end of the chunk before, or `None` where there are no borders.
+    """
+    causal = torch.ones(q, q, dtype=torch.bool, device=device).tril()
+    if documents is None:
+        return causal, None
     borders = torch.zeros_like(documents)
     borders[..., 1:] = documents[..., 1:] != documents[..., :-1]
-    return borders.cumsum(-1)
-
-
-def _reached_from_entry(documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 where a token continues the document that ended the chunk before, else 0: `(b, c, q)`."""
-    same_as_before = torch.ones_like(documents[:, :, 0], dtype=torch.bool)
-    same_as_before[:, 1:] = documents[:, 1:, 0] == documents[:, :-1, -1]
-    return ((_border_count(documents) == 0) & same_as_before[..., None]).to(dtype)
+    borders = borders.cumsum(-1)
+    continues = torch.ones_like(documents[..., :1], dtype=torch.bool)
+    continues[:, 1:] = documents[:, 1:, :1] == documents[:, :-1, -1:]
+    sees = causal & (borders.unsqueeze(-1) == borders.unsqueeze(-2))
+    return sees.unsqueeze(2), ((borders == 0) & continues).unsqueeze(2)

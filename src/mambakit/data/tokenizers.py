@@ -1,0 +1,209 @@
+"""Text to integers and back: characters, bytes, and any tokeniser of the `tokenizers` library.
+
+All three share one small protocol and can be written into a run folder as plain JSON (`describe`), so that a
+trained model finds its own tokeniser again (`tokenizer_from`) without the data it was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from mambakit.config import ConfigError, unknown
+
+_MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is in [0, vocab_size)."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of the text, (l,) int64. Raises ValueError where the text cannot be said."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the token ids; a torch or numpy vector will do."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which `tokenizer_from` makes an equal tokeniser."""
+        ...
+
+
+class Characters:
+    """One token per character, over a fixed alphabet in the order of the code points.
+
+    Args:
+        symbols: The alphabet; repeats and order do not matter.
+
+    Raises:
+        ValueError: The alphabet is empty.
+    """
+
+    def __init__(self, symbols: str) -> None:
+        self.symbols = "".join(sorted(set(symbols)))
+        if not self.symbols:
+            raise ValueError("a character tokeniser needs at least one symbol, got an empty alphabet")
+        self._points = _code_points(self.symbols)
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the alphabet."""
+        return len(self.symbols)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Look up every character.
+
+        Raises:
+            ValueError: A character is not in the alphabet; the message names it and its position.
+        """
+        points = _code_points(text)
+        ids = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
+        strange = np.flatnonzero(self._points[ids] != points)
+        if strange.size:
+            at = int(strange[0])
+            raise ValueError(
+                f"character {text[at]!r} at position {at} is not among the {self.vocab_size} symbols "
+                f"this model knows: {self.symbols!r}"
+            )
+        return ids.astype(np.int64)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Join the symbols."""
+        return "".join(self.symbols[i] for i in _in_range(ids, self.vocab_size))
+
+    def describe(self) -> dict[str, Any]:
+        """The alphabet."""
+        return {"type": "characters", "symbols": self.symbols}
+
+
+class Bytes:
+    """One token per byte of UTF-8: 256 tokens, every text can be said."""
+
+    @property
+    def vocab_size(self) -> int:
+        """256."""
+        return 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """The UTF-8 bytes."""
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Read the bytes as UTF-8; a broken sequence, such as a cut-off last character, becomes U+FFFD."""
+        return bytes(_in_range(ids, 256)).decode("utf-8", errors="replace")
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing but the type."""
+        return {"type": "bytes"}
+
+
+class Subwords:
+    """A tokeniser of the `tokenizers` library, such as the GPT-NeoX one that the published Mambas use.
+
+    Args:
+        definition: The text of a `tokenizer.json`. It is kept as it is, so a run folder is complete.
+
+    Raises:
+        ConfigError: The library is not installed, or the text is not such a definition.
+    """
+
+    def __init__(self, definition: str) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise ConfigError("subword tokenisers need: pip install tokenizers") from None
+        try:
+            model = json.loads(definition)["model"]["type"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError("not a tokenizer.json: expected an object with a model and its type") from None
+        if model not in _MODELS:
+            raise ConfigError(unknown("tokeniser model", model, _MODELS))
+        self.definition = definition
+        self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+        # Ids may have gaps, so the size of the table is not the number of entries.
+        self._vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Subwords:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            ConfigError: No such file, or not a tokeniser.
+        """
+        try:
+            return cls(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the tokeniser {str(path)!r}: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id plus one."""
+        return self._vocab_size
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, without any special tokens added at the ends."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the tokens, special ones included."""
+        return self._tokenizer.decode(_in_range(ids, self.vocab_size), skip_special_tokens=False)
+
+    def describe(self) -> dict[str, Any]:
+        """The whole definition, so that the file it came from may go away."""
+        return {"type": "subwords", "definition": json.loads(self.definition)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Only the definition travels to worker processes."""
+        return {"definition": self.definition}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build the tokeniser again."""
+        self.__init__(state["definition"])  # type: ignore[misc]
+
+
+def tokenizer_from(description: Mapping[str, Any]) -> Tokenizer:
+    """Make the tokeniser that `describe` described.
+
+    Args:
+        description: Plain data, for example `{"type": "characters", "symbols": "abc"}`.
+
+    Returns:
+        An equal tokeniser.
+
+    Raises:
+        ConfigError: The type is unknown or a part is missing.
+    """
+    kind = description.get("type")
+    try:
+        if kind == "characters":
+            return Characters(description["symbols"])
+        if kind == "bytes":
+            return Bytes()
+        if kind == "subwords":
+            return Subwords(json.dumps(description["definition"], ensure_ascii=False))
+    except KeyError as missing:
+        raise ConfigError(f"the description of a {kind} tokeniser lacks {missing}") from None
+    raise ConfigError(unknown("tokeniser", kind, ("characters", "bytes", "subwords")))
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+
+
+def _in_range(ids: Sequence[int], vocab_size: int) -> list[int]:
+    values = np.asarray(ids, dtype=np.int64).reshape(-1)
+    strange = values[(values < 0) | (values >= vocab_size)]
+    if strange.size:
+        raise ValueError(f"token id {strange[0]} is not in [0, {vocab_size})")
+    return values.tolist()
