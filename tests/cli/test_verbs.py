@@ -117,7 +117,7 @@ def test_doctor_shows_every_operator_and_why_a_thing_is_missing(cli, monkeypatch
     tried = {case.op for case in CASES}
     for name in registry:
         assert re.search(rf"^{name} .*{'used' if name in tried else 'reference'}", shown, re.MULTILINE)
-    assert re.search(r"mnist +\S*" + re.escape(tmp_path.name), shown)
+    assert f"mnist{tmp_path / 'mnist'}" in "".join(shown.split())  # a long path is folded
     if torch.version.cuda is None:
         assert "built without CUDA" in shown
 

@@ -170,6 +170,7 @@ def test_memory_layout_does_not_matter(case, backend):
 
 @pytest.mark.parametrize(("case", "backend"), [p for p in CHECKED if p[0].name in ("plain", "packed")], **IDS)
 def test_traces_without_graph_breaks(case, backend):
+    torch._dynamo.reset()  # otherwise the cases before this one make its shapes symbolic
     inputs = case.build(Draw(torch.float32))
     compiled = torch.compile(lambda **kw: run(case, kw, backend), fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(**inputs), run(case, inputs, backend)):
@@ -209,4 +210,4 @@ def test_public_function_takes_the_references_arguments(op):
 
 
 def test_every_operator_has_cases():
-    assert {case.op for case in CASES} == set(registry) - {"fft_conv"}
+    assert {case.op for case in CASES} == set(registry)

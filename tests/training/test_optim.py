@@ -73,7 +73,7 @@ def test_frozen_parameters_are_left_out():
 def test_decay_reaches_the_decay_group_only():
     lm = model()
     config = OptimizerConfig(lr=0.1, weight_decay=0.5)
-    optimizer = optim.adamw(optim.groups(lm, config), config)
+    optimizer = optim.build(optim.groups(lm, config), config)
     for parameter in lm.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = {name: parameter.detach().clone() for name, parameter in lm.named_parameters()}
@@ -96,9 +96,9 @@ def test_state_round_trip_continues_to_the_last_bit():
         optimizer.step()
         optimizer.zero_grad()
 
-    first = optim.adamw(optim.groups(one, config), config)
+    first = optim.build(optim.groups(one, config), config)
     step(one, first)
-    second = optim.adamw(optim.groups(two, config), config)
+    second = optim.build(optim.groups(two, config), config)
     two.load_state_dict(one.state_dict())
     optim.unpack(second, {name: value.clone() for name, value in optim.pack(first).items()})
     for lm, optimizer in ((one, first), (two, second)):

@@ -150,7 +150,7 @@ class Mamba2(Mixer, config=Mamba2Config):
         seq_idx = None if context is None else context.seq_idx
         z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)  # (b, l, d), (b, l, d + 2 g n), (b, l, h)
         xBC = self.conv1d(xBC, state=None if state is None else state["conv"], seq_idx=seq_idx)
-        stream, B, C = xBC.tensor_split((d_inner, d_inner + config.ngroups * config.d_state), dim=-1)
+        stream, B, C = xBC.split((d_inner, *2 * [config.ngroups * config.d_state]), dim=-1)
         y, _ = ops.ssd(
             stream.unflatten(-1, (-1, config.headdim)),  # (b, l, h, p)
             dt,

@@ -41,10 +41,20 @@ class Draw:
         """The same values as a state space scalar or recurrent state: float32 or wider."""
         return tensor.detach().to(torch.promote_types(self.dtype, torch.float32)).requires_grad_()
 
+    def complex(self, *shape: int, decaying: bool = False) -> Tensor:
+        """Complex values of float32 parts or wider; `decaying` ones have a negative real part."""
+        real, imaginary = (self.wide(self.normal(*shape)).detach() for _ in range(2))
+        made = torch.complex(-real.exp(), 3 * imaginary) if decaying else torch.complex(real, imaginary)
+        return made.requires_grad_()
+
     def documents(self, b: int, l: int, border: float = 0.12) -> Tensor:
         """Document numbers `(b, l)`: each token starts a new document with probability `border`."""
         starts = torch.rand(b, l, generator=self.generator) < border
         return starts.cumsum(1).to(self.device, torch.int32)
+
+
+Build = Callable[[Draw], dict[str, Any]]
+"""Makes the keyword arguments of an operator's public function."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Case:
 
     op: str
     name: str
-    build: Callable[[Draw], dict[str, Any]]
+    build: Build
     sequence: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -68,7 +78,7 @@ class Case:
         return f"{self.op}-{self.name}"
 
 
-def _linear_scan(b: int = 2, l: int = 37, d: int = 5, *, packed: bool = False, start: bool = True) -> Callable:
+def _linear_scan(b: int = 2, l: int = 37, d: int = 5, *, packed: bool = False, start: bool = True) -> Build:
     def build(draw: Draw) -> dict[str, Any]:
         return {
             "a": draw.uniform(b, l, d, low=-1.0, high=1.0),
@@ -90,7 +100,7 @@ def _selective_scan(
     packed: bool = False,
     bare: bool = False,
     dt_scale: float = 1.0,
-) -> Callable:
+) -> Build:
     def build(draw: Draw) -> dict[str, Any]:
         return {
             "x": draw.normal(b, l, d),
@@ -122,7 +132,7 @@ def _ssd(
     matrix_D: bool = False,
     dt_scale: float = 1.0,
     dt_limit: tuple[float, float] = (0.0, torch.inf),
-) -> Callable:
+) -> Build:
     def build(draw: Draw) -> dict[str, Any]:
         return {
             "x": draw.normal(b, l, h, p),
@@ -141,7 +151,96 @@ def _ssd(
     return build
 
 
+def _causal_conv1d(
+    b: int = 2, l: int = 37, d: int = 6, w: int = 4, *, packed: bool = False, bare: bool = False
+) -> Build:
+    def build(draw: Draw) -> dict[str, Any]:
+        return {
+            "x": draw.normal(b, l, d),
+            "weight": draw.normal(d, w),
+            "bias": None if bare else draw.normal(d),
+            "initial_state": None if bare else draw.wide(draw.normal(b, w - 1, d)),
+            "activation": None if bare else "silu",
+            "seq_idx": draw.documents(b, l) if packed else None,
+        }
+
+    return build
+
+
+def _norm(kind: str = "rms", *, gated: bool = False, bare: bool = False, **options: Any) -> Build:
+    def build(draw: Draw) -> dict[str, Any]:
+        return {
+            "x": draw.normal(2, 11, 12),
+            "weight": None if bare else draw.normal(12),
+            "bias": None if bare else draw.normal(12),
+            "z": draw.normal(2, 11, 12) if gated else None,
+            "kind": kind,
+            **options,
+        }
+
+    return build
+
+
+def _attention(
+    b: int = 2, l: int = 37, h: int = 4, g: int = 2, p: int = 6, *, packed: bool = False, **options: Any
+) -> Build:
+    def build(draw: Draw) -> dict[str, Any]:
+        return {
+            "q": draw.normal(b, l, h, p),
+            "k": draw.normal(b, l, g, p),
+            "v": draw.normal(b, l, g, p),
+            "seq_idx": draw.documents(b, l) if packed else None,
+            **options,
+        }
+
+    return build
+
+
+def _s4(
+    b: int = 2,
+    l: int = 37,
+    d: int = 2,
+    n: int = 2,
+    *,
+    low_rank: bool = False,
+    packed: bool = False,
+    bare: bool = False,
+    dt_high: float = 0.3,
+    **options: Any,
+) -> Build:
+    def build(draw: Draw) -> dict[str, Any]:
+        return {
+            "u": draw.normal(b, l, d),
+            "dt": draw.wide(draw.uniform(d, low=0.01, high=dt_high)),
+            "A": draw.complex(d, n, decaying=True),
+            **({"P": draw.complex(d, n)} if low_rank else {}),
+            "B": draw.complex(d, n),
+            "C": draw.complex(d, n),
+            "D": None if bare else draw.wide(draw.normal(d)),
+            "initial_state": None if bare else draw.complex(b, d, n),
+            "seq_idx": draw.documents(b, l) if packed else None,
+            **options,
+        }
+
+    return build
+
+
+def _fft_conv(l: int = 37, w: int = 37, *, bare: bool = False) -> Build:
+    def build(draw: Draw) -> dict[str, Any]:
+        return {
+            "u": draw.normal(2, l, 3),
+            "k": draw.normal(3, w),
+            "D": None if bare else draw.wide(draw.normal(3)),
+        }
+
+    return build
+
+
 _SCAN = ("x", "dt", "B", "C", "z", "seq_idx")
+_CONV = ("x", "seq_idx")
+_NORM = ("x", "z")
+_ATTENTION = ("q", "k", "v", "seq_idx")
+_S4 = ("u", "seq_idx")
 
 CASES: tuple[Case, ...] = (
     Case("linear_scan", "plain", _linear_scan(), ("a", "u", "seq_idx")),
@@ -162,5 +261,39 @@ CASES: tuple[Case, ...] = (
     Case("ssd", "long-steps", _ssd(dt_scale=30.0), _SCAN),
     Case("ssd", "dt-limit", _ssd(dt_limit=(0.05, 0.8)), _SCAN),
     Case("ssd", "packed", _ssd(packed=True), _SCAN),
+    Case("causal_conv1d", "plain", _causal_conv1d(), _CONV),
+    Case("causal_conv1d", "one-token", _causal_conv1d(l=1), _CONV),
+    Case("causal_conv1d", "bare", _causal_conv1d(l=64, bare=True), _CONV),
+    Case("causal_conv1d", "shorter-than-taps", _causal_conv1d(l=3, w=8), _CONV),
+    Case("causal_conv1d", "one-tap", _causal_conv1d(w=1), _CONV),
+    Case("causal_conv1d", "packed", _causal_conv1d(packed=True), _CONV),
+    Case("norm", "plain", _norm(), _NORM),
+    Case("norm", "bare", _norm(bare=True), _NORM),
+    Case("norm", "layer", _norm("layer"), _NORM),
+    Case("norm", "gated", _norm(gated=True), _NORM),
+    Case("norm", "gated-after-grouped", _norm(gated=True, group_size=4, norm_before_gate=True), _NORM),
+    Case("norm", "layer-grouped", _norm("layer", gated=True, group_size=3), _NORM),
+    Case("attention", "plain", _attention(), _ATTENTION),
+    Case("attention", "one-token", _attention(l=1), _ATTENTION),
+    Case("attention", "long", _attention(l=150), _ATTENTION),
+    Case("attention", "both-ways", _attention(causal=False, g=4), _ATTENTION),
+    Case("attention", "window", _attention(l=150, window=9, g=1, scale=0.3), _ATTENTION),
+    Case("attention", "packed", _attention(l=70, packed=True), _ATTENTION),
+    Case("attention", "packed-window", _attention(l=150, packed=True, window=20), _ATTENTION),
+    Case("attention", "packed-both-ways", _attention(l=70, packed=True, causal=False), _ATTENTION),
+    Case("s4d_conv", "plain", _s4(), _S4),
+    Case("s4d_conv", "one-token", _s4(l=1), _S4),
+    Case("s4d_conv", "bare", _s4(l=64, bare=True), _S4),
+    Case("s4d_conv", "long-steps", _s4(dt_high=30.0), _S4),
+    Case("s4d_conv", "bilinear", _s4(discretization="bilinear"), _S4),
+    Case("s4d_conv", "packed", _s4(l=61, packed=True), _S4),
+    Case("s4_conv", "plain", _s4(low_rank=True), _S4),
+    Case("s4_conv", "one-token", _s4(l=1, low_rank=True), _S4),
+    Case("s4_conv", "bare", _s4(l=64, low_rank=True, bare=True), _S4),
+    Case("s4_conv", "long-steps", _s4(low_rank=True, dt_high=30.0), _S4),
+    Case("s4_conv", "packed", _s4(l=61, low_rank=True, packed=True), _S4),
+    Case("fft_conv", "plain", _fft_conv(), ("u",)),
+    Case("fft_conv", "short-kernel", _fft_conv(l=64, w=5), ("u",)),
+    Case("fft_conv", "long-kernel", _fft_conv(l=7, w=50, bare=True), ("u",)),
 )
 """Every case of every operator."""

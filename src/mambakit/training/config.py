@@ -40,6 +40,8 @@ class TrainSettings(Config):
         select: The model left behind: the `last`, or the `best` by validation loss.
         activation_checkpointing: Recompute each block in the backward pass instead of storing it.
         compile: Compile the model's blocks with `torch.compile`.
+        cuda_graph: Record a whole training step and replay it; pays where a model is so small that launching
+            its kernels takes longer than running them. Needs batches of one shape. Does nothing on a CPU.
         precision: `float32`, or `bf16`: matrix products in bfloat16, parameters and recurrences in float32.
         matmul_precision: Of float32 matrix products on a GPU: `highest`, `high` (TF32) or `medium`.
         workers: Processes that prepare batches ahead of time; 0 prepares them in between.
@@ -64,6 +66,7 @@ class TrainSettings(Config):
     select: Select = "last"
     activation_checkpointing: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     precision: Precision = "float32"
     matmul_precision: MatmulPrecision = "highest"
     workers: int = 0
@@ -96,6 +99,8 @@ class TrainSettings(Config):
             raise ValueError(f"ema is {self.ema}, expected a decay between 0 and 1, or null")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}, expected at least 0")
+        if self.compile and self.cuda_graph:
+            raise ValueError("compile and cuda_graph exclude each other; set one of them")
         if self.select == "best" and self.eval_every is None:
             raise ValueError("select=best needs evaluations to choose by; set eval_every")
 
@@ -160,6 +165,7 @@ _FREE = frozenset(
             "workers",
             "activation_checkpointing",
             "compile",
+            "cuda_graph",
             "tensorboard",
         )
     }

@@ -43,11 +43,11 @@ class Guard:
         self.tripped = torch.zeros((), device=device)
         self._first = torch.zeros((), dtype=torch.int64, device=device)
 
-    def watch(self, step: int, loss: Tensor, norm: Tensor) -> None:
+    def watch(self, step: int | Tensor, loss: Tensor, norm: Tensor) -> None:
         """Judge one step without waiting for the device.
 
         Args:
-            step: Its number, from 1.
+            step: Its number, from 1; a tensor where the call is recorded.
             loss: Scalar.
             norm: Norm of the whole gradient, scalar.
         """

@@ -1,4 +1,4 @@
-"""AdamW with its parameters sorted by rule, and its state as named tensors.
+"""The optimiser with its parameters sorted by rule, and its state as named tensors.
 
 The rule (Gu and Dao, 2023, section E.2.1; the attribute `_no_weight_decay` of the published code is set there
 and read by nobody, so models trained with plain AdamW decay their dynamics):
@@ -6,6 +6,7 @@ and read by nobody, so models trained with plain AdamW decay their dynamics):
     ssm        listed in its module's `ssm_parameters` (A_log, D, dt_bias...): no decay, own rate `ssm_lr`
     no decay   everything else with fewer than two axes: biases and norm gains
     decay      the rest: matrices, embeddings, convolution filters
+    muon       with `name: muon`, the matrices of the backbone out of `decay`, at their own rate `muon_lr`
 
 A_log is a matrix in Mamba-1 and a vector in Mamba-2, which is why the number of axes alone is not enough.
 """
@@ -20,37 +21,41 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.config import Config, unknown
+from mambakit.training.muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter, 2019).
+    """AdamW (Loshchilov and Hutter, 2019), or Muon (Jordan et al., 2024) with AdamW beside it.
 
     Args:
-        name: `adamw`.
+        name: `adamw`, or `muon`: orthogonalised momentum for the matrices of the backbone, AdamW for
+            embeddings, head, convolutions, vectors and state-space parameters.
         lr: Peak learning rate.
         ssm_lr: Peak learning rate of the parameters that mixers list in `ssm_parameters`; None means `lr`.
             S4 needs about 1e-3 there whatever the rest learns with.
+        muon_lr: Peak learning rate of Muon's matrices; about 0.01 whatever their size.
         betas: Decay rates of the two moment estimates, each in [0, 1).
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay of the decay group, per unit of learning rate.
+        weight_decay: Decoupled weight decay of the decay and muon groups, per unit of learning rate.
 
     Raises:
         ValueError: A number out of range.
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     ssm_lr: float | None = None
+    muon_lr: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse names and numbers that mean nothing."""
-        if self.name != "adamw":
-            raise ValueError(unknown("optimizer", self.name, ["adamw"]))
-        for key in ("lr", "ssm_lr", "eps"):
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(unknown("optimizer", self.name, ["adamw", "muon"]))
+        for key in ("lr", "ssm_lr", "muon_lr", "eps"):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise ValueError(f"{key} is {value}, expected a positive number")
@@ -65,7 +70,7 @@ class Group:
     """Parameters that are treated alike.
 
     Args:
-        name: `decay`, `no decay` or `ssm`.
+        name: `decay`, `no decay`, `ssm` or `muon`.
         lr: Peak learning rate.
         weight_decay: Decoupled weight decay.
         parameters: Name in the model -> parameter.
@@ -104,57 +109,70 @@ def groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
         config: Rates and decay.
 
     Returns:
-        The non-empty groups among `decay`, `no decay` and `ssm`, in this order.
+        The non-empty groups among `decay`, `no decay`, `ssm` and `muon`, in this order.
 
     Raises:
         ValueError: A module lists a parameter that it does not have.
     """
     ssm = {id(p) for module in model.modules() for p in _listed(module)}
-    sorted_in: dict[str, dict[str, nn.Parameter]] = {"decay": {}, "no decay": {}, "ssm": {}}
+    sorted_in: dict[str, dict[str, nn.Parameter]] = {"decay": {}, "no decay": {}, "ssm": {}, "muon": {}}
+    inside = _matrices(model) if config.name == "muon" else set()
     for name, parameter in model.named_parameters():  # a tied parameter comes once
         if parameter.requires_grad:
             kind = "ssm" if id(parameter) in ssm else "no decay" if parameter.ndim < 2 else "decay"
+            kind = "muon" if kind == "decay" and id(parameter) in inside else kind
             sorted_in[kind][name] = parameter
     rates = {
         "decay": (config.lr, config.weight_decay),
         "no decay": (config.lr, 0.0),
         "ssm": (config.lr if config.ssm_lr is None else config.ssm_lr, 0.0),
+        "muon": (config.muon_lr, config.weight_decay),
     }
     return [Group(kind, *rates[kind], found) for kind, found in sorted_in.items() if found]
 
 
-def adamw(parameter_groups: list[Group], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Build AdamW over the groups, fused into one kernel where every parameter allows it.
+def build(
+    parameter_groups: list[Group], config: OptimizerConfig, *, capturable: bool = False
+) -> torch.optim.AdamW:
+    """Build the optimiser over the groups, AdamW fused into one kernel where every parameter allows it.
 
     Args:
         parameter_groups: From `groups`.
-        config: Betas and eps.
+        config: Which optimiser, betas and eps.
+        capturable: Keep the learning rates in tensors, as a step recorded in a CUDA graph needs them.
 
     Returns:
         The optimiser; each of its `param_groups` carries `peak_lr` for `set_rates`.
     """
     parameters = [p for group in parameter_groups for p in group.parameters.values()]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW(
+    kind = Muon if config.name == "muon" else torch.optim.AdamW
+    return kind(
         [
             {
                 "params": list(group.parameters.items()),
-                "lr": group.lr,
+                "lr": torch.tensor(group.lr, device=parameters[0].device) if capturable else group.lr,
                 "peak_lr": group.lr,
                 "weight_decay": group.weight_decay,
+                **({"muon": group.name == "muon"} if kind is Muon else {}),
             }
             for group in parameter_groups
         ],
         betas=config.betas,
         eps=config.eps,
         fused=fused,
+        capturable=capturable,
     )
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Give every group its peak learning rate times `factor`."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        rate = group["peak_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def pack(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -186,6 +204,12 @@ def unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None
     packed = optimizer.state_dict()
     packed["state"] = {index: state[name] for index, name in enumerate(names) if name in state}
     optimizer.load_state_dict(packed)
+
+
+def _matrices(model: nn.Module) -> set[int]:
+    """Identities of the weights of linear layers inside the backbone."""
+    inside = getattr(model, "backbone", model)
+    return {id(m.weight) for m in inside.modules() if isinstance(m, nn.Linear)}
 
 
 def _listed(module: nn.Module) -> list[nn.Parameter]:

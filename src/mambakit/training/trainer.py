@@ -24,6 +24,7 @@ from mambakit.data.loader import batches
 from mambakit.training import checkpoint, device, evaluation, files, folder, optim, summary
 from mambakit.training.config import TrainConfig, check_resumable
 from mambakit.training.ema import Average
+from mambakit.training.graph import StepGraph
 from mambakit.training.guard import Guard, NonFiniteError, diagnose
 from mambakit.training.interrupt import Interrupted, StopRequest
 from mambakit.training.log import RunLog, default_console
@@ -81,10 +82,14 @@ class Trainer:
             self.model.backbone.compile()
         self.groups = optim.groups(self.model, config.optimizer)
         self.parameters = [p for group in self.groups for p in group.parameters.values()]
-        self.optimizer = optim.adamw(self.groups, config.optimizer)
+        recorded = self.settings.cuda_graph and self.device.type == "cuda"
+        self.optimizer = optim.build(self.groups, config.optimizer, capturable=recorded)
+        forget = self.optimizer.zero_grad
+        self.graph = StepGraph(self._update, forget) if recorded else None
         self.training_data, self.validation_data = config.data.train(config.seed), config.data.validation()
         self.guard, self.sums, self.norm = Guard(self.device), Sums(), torch.zeros(())
         self.step = self.tokens_seen = 0
+        self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step being done, from 1
         self.saved: int | None = None
         self.training_seconds = 0.0
         self.logged = (0, 0.0)  # tokens_seen and training_seconds at the last line of the log
@@ -142,6 +147,7 @@ class Trainer:
         device.set_random_state(found.tensors("rng"), self.device)
         self.sums.restore(state["sums"], self.device)
         self.step = self.saved = found.step
+        self.number.fill_(found.step)
         self.tokens_seen, self.training_seconds = state["tokens_seen"], state["training_seconds"]
         self.begun = time.monotonic() - state["seconds"]
         self.logged = tuple(state["logged"])
@@ -222,26 +228,47 @@ class Trainer:
         """One optimiser step over the parts of its batch."""
         optim.set_rates(self.optimizer, factor(self.step, self.settings.steps, self.config.schedule))
         targets = self._targets(parts)
-        total = torch.zeros((), device=self.device)
+        moved = [device.move(self.task.prepare(part), self.device) for part in parts]
+        if self.graph:
+            found = self.graph(moved, targets)
+        else:
+            found = self._update(moved, targets)
+            self.optimizer.zero_grad(set_to_none=True)
+        for sums in found:
+            self.sums.add(sums)
+        if self.average:
+            self.average.update(self.model)
+        self.step += 1
+        self.tokens_seen += sum(self.task.tokens(part) for part in parts)
+
+    def _update(self, parts: list[Batch], targets: int) -> list[dict[str, Tensor]]:
+        """Gradient, guard and optimiser: the part of a step that is all device work.
+
+        Args:
+            parts: The batch, on the device.
+            targets: Labels of the whole step.
+
+        Returns:
+            The sums of each part.
+        """
+        total, found = torch.zeros((), device=self.device), []
         for part in parts:
-            loss, sums = self._loss(part, targets)
+            with device.autocast(self.device, self.settings.precision):
+                loss, sums = self.task.loss(self.model, part, targets)
             loss.backward()
             total += loss.detach()
-            self.sums.add(sums)
+            found.append(sums)
         self.norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.settings.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, self.norm)
-        self.guard.watch(self.step + 1, total, self.norm)
+        self.number += 1
+        self.guard.watch(self.number, total, self.norm)
         if not self.hindsight:
             self._check()
         else:
             self.optimizer.found_inf = self.guard.tripped  # skips this and all later updates, without waiting
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average:
-            self.average.update(self.model)
-        self.step += 1
-        self.tokens_seen += sum(self.task.tokens(part) for part in parts)
+        return found
 
     def _targets(self, parts: list[Batch]) -> int:
         targets = sum(self.task.targets(part) for part in parts)
@@ -249,10 +276,11 @@ class Trainer:
             raise ValueError(f"step {self.step + 1}: its batch has no label, expected at least one")
         return targets
 
-    def _loss(self, part: Batch, targets: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, part: Batch, targets: int) -> Tensor:
+        """Loss of a part of a batch that comes from the host."""
         part = device.move(self.task.prepare(part), self.device)
         with device.autocast(self.device, self.settings.precision):
-            return self.task.loss(self.model, part, targets)
+            return self.task.loss(self.model, part, targets)[0]
 
     def _check(self) -> None:
         """Raise if a step so far was not finite."""
@@ -262,7 +290,7 @@ class Trainer:
         settings = self.settings
         size, first = settings.batch_size // settings.accumulate, (bad - 1) * settings.batch_size
         parts = list(batches(self.training_data, size, start=first, count=settings.accumulate))
-        tensor = diagnose(self.model, parts, lambda part: self._loss(part, self._targets(parts))[0])
+        tensor = diagnose(self.model, parts, lambda part: self._loss(part, self._targets(parts)))
         kept = f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
         raise NonFiniteError(
             bad, tensor, f"Nothing of it was saved: {kept}. A lower optimizer.lr often helps."
@@ -277,7 +305,7 @@ class Trainer:
         tokens, seconds = self.tokens_seen - self.logged[0], self.training_seconds - self.logged[1]
         self.logged = (self.tokens_seen, self.training_seconds)
         metrics |= {
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
             "grad_norm": float(self.norm),
             "tokens_seen": self.tokens_seen,
             "seconds": self.seconds,
