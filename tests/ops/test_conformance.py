@@ -19,6 +19,7 @@ CARRYING = [
     if isinstance(pair[0].build(Draw(torch.float64)).get("initial_state"), torch.Tensor)
 ]
 IDS = {"ids": lambda value: str(value)}
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
@@ -37,7 +38,7 @@ def values_and_gradients(case, inputs, backend):
     outputs = [o for o in run(case, inputs, backend) if isinstance(o, torch.Tensor)]
     generator = torch.Generator().manual_seed(1)
     loss = sum(
-        (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype))
+        (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype))
         .sum()
         .to(torch.complex128)
         .real
@@ -66,11 +67,12 @@ def error(found, exact):
     return ((found.to(torch.complex128) - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
+@DEVICES
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("case", "backend"), CHECKED, **IDS)
-def test_values_and_gradients(case, backend, dtype):
+def test_values_and_gradients(case, backend, dtype, device):
     """Error at most twice the reference's own in the same type, plus the type's rounding."""
-    inputs = case.build(Draw(dtype))
+    inputs = case.build(Draw(dtype, device))
     exact = values_and_gradients(case, widened(inputs), "reference")
     reference = values_and_gradients(case, inputs, "reference")
     found = values_and_gradients(case, inputs, backend)
@@ -82,9 +84,10 @@ def test_values_and_gradients(case, backend, dtype):
         assert error(value, exact[name]) <= bound, (name, error(value, exact[name]), bound)
 
 
+@DEVICES
 @pytest.mark.parametrize(("case", "backend"), CARRYING, **IDS)
-def test_halves_with_carried_state_are_the_whole(case, backend):
-    inputs = case.build(Draw(torch.float64))
+def test_halves_with_carried_state_are_the_whole(case, backend, device):
+    inputs = case.build(Draw(torch.float64, device))
     length = inputs[case.sequence[0]].shape[1]
     whole = run(case, inputs, backend)
     for cut in {length // 2, length - 1} - {0}:
@@ -101,9 +104,10 @@ def test_halves_with_carried_state_are_the_whole(case, backend):
         torch.testing.assert_close(final, whole[1], rtol=1e-10, atol=1e-10)
 
 
+@DEVICES
 @pytest.mark.parametrize(("case", "backend"), CARRYING, **IDS)
-def test_token_by_token_in_place_is_the_scan(case, backend):
-    inputs = case.build(Draw(torch.float64))
+def test_token_by_token_in_place_is_the_scan(case, backend, device):
+    inputs = case.build(Draw(torch.float64, device))
     inputs = {**inputs, "seq_idx": None}
     with torch.no_grad():
         whole, final = run(case, inputs, backend)
@@ -118,11 +122,12 @@ def test_token_by_token_in_place_is_the_scan(case, backend):
     torch.testing.assert_close(state, final, rtol=1e-10, atol=1e-10)
 
 
+@DEVICES
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("case", "backend"), [p for p in BACKENDS if "packed" in p[0].name], **IDS)
-def test_packed_documents_are_separate(case, backend, dtype):
+def test_packed_documents_are_separate(case, backend, dtype, device):
     """A document's outputs equal those of the document alone, and other documents cannot move them one bit."""
-    inputs = case.build(Draw(dtype))
+    inputs = case.build(Draw(dtype, device))
     seq_idx = inputs["seq_idx"]
     with torch.no_grad():
         packed = run(case, inputs, backend)[0]
