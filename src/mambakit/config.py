@@ -129,11 +129,10 @@ def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any
     merged = dict(base)
     for key, value in override.items():
         old = merged.get(key)
-        retyped = isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("type", old.get("type")) != old.get("type")
-        if isinstance(value, Mapping) and isinstance(old, Mapping) and not retyped:
-            merged[key] = merge(old, value)
-        else:
-            merged[key] = value
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[key] = (
+            merge(old, value) if both and value.get("type", old.get("type")) == old.get("type") else value
+        )
     return merged
 
 
@@ -199,7 +198,9 @@ def _adapter(cls: type) -> Any:
 
 def _explain(cls: type, error: Any, where: str) -> str:
     """Turn the first pydantic complaint into one line with the key's path."""
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    # A misspelt key is reported twice, as unknown and as missing; the first says what to do.
+    problem = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
     path = [str(part) for part in problem["loc"]]
     key = ".".join([where, *path] if where else path) or cls.__name__
     if problem["type"] == "unexpected_keyword_argument":
@@ -211,7 +212,11 @@ def _explain(cls: type, error: Any, where: str) -> str:
     if nested:
         # A member of a tagged family reported its own path; continue it.
         return f"{key}.{message}"
-    shown = "" if isinstance(problem["input"], (dict, *_dataclass_types(problem["input"]))) else f", got {problem['input']!r}"
+    shown = (
+        ""
+        if isinstance(problem["input"], (dict, *_dataclass_types(problem["input"])))
+        else f", got {problem['input']!r}"
+    )
     return f"{key}: {message[0].lower()}{message[1:]}{shown}"
 
 
@@ -225,7 +230,9 @@ def _fields_at(cls: type, path: list[str]) -> list[str]:
 
     for name in path:
         hint = typing.get_type_hints(cls).get(name) if dataclasses.is_dataclass(cls) else None
-        options = [t for t in (hint, *typing.get_args(hint)) if isinstance(t, type) and dataclasses.is_dataclass(t)]
+        options = [
+            t for t in (hint, *typing.get_args(hint)) if isinstance(t, type) and dataclasses.is_dataclass(t)
+        ]
         if not options:
             return []
         cls = options[0]

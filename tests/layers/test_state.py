@@ -64,5 +64,5 @@ def test_damaged_file_is_one_clear_error(tmp_path):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"cannot read a state from .*state.safetensors"):
         State.load(path)
-    with pytest.raises(ValueError, match="missing.safetensors"):
+    with pytest.raises(ValueError, match=r"missing\.safetensors"):
         State.load(tmp_path / "missing.safetensors")

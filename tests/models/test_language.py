@@ -70,7 +70,9 @@ def test_packed_documents_do_not_leak(pattern):
     assert not torch.equal(packed[:, :13], moved[:, :13])
     assert torch.equal(packed[:, 13:], moved[:, 13:])
     # Rotary angles are float32: the same distance at other positions differs in their last bits.
-    torch.testing.assert_close(packed[:, 13:], alone, rtol=0, atol=1e-7 if set(pattern) & {"*", "W"} else 1e-9)
+    torch.testing.assert_close(
+        packed[:, 13:], alone, rtol=0, atol=1e-7 if set(pattern) & {"*", "W"} else 1e-9
+    )
 
 
 def test_saved_state_continues_the_sequence(tmp_path):
@@ -117,7 +119,7 @@ def test_output_projections_are_scaled_for_depth():
     model = LanguageModel(config)
     for block in model.backbone.blocks:
         weight = block.mixer.out_proj.weight
-        # kaiming_uniform(a=sqrt 5) has standard deviation 1 / sqrt(3 fan_in); 16 residual branches divide by 4.
+        # kaiming_uniform(a=sqrt 5) has a standard deviation of 1 / sqrt(3 fan_in); 16 branches divide by 4.
         assert weight.std().item() == pytest.approx((3 * weight.shape[1]) ** -0.5 / 4, rel=0.05)
 
 
@@ -130,7 +132,7 @@ def test_activation_checkpointing_changes_no_gradient():
         model.zero_grad()
         model(tokens).logsumexp(-1).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.15)])

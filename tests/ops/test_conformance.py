@@ -46,7 +46,7 @@ def values_and_gradients(case, inputs, backend):
     )
     wanted = leaves(inputs)
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-    named = {f"d{name}": g for name, g in zip(wanted, gradients) if g is not None}
+    named = {f"d{name}": g for name, g in zip(wanted, gradients, strict=True) if g is not None}
     return {**{f"output{i}": o.detach() for i, o in enumerate(outputs)}, **named}
 
 
@@ -93,7 +93,7 @@ def test_halves_with_carried_state_are_the_whole(case, backend, device):
     for cut in {length // 2, length - 1} - {0}:
         first, second = (
             {**inputs, **{k: part(inputs[k]) for k in case.sequence if inputs.get(k) is not None}}
-            for part in (lambda t: t[:, :cut], lambda t: t[:, cut:])
+            for part in (lambda t, cut=cut: t[:, :cut], lambda t, cut=cut: t[:, cut:])
         )
         y1, middle = run(case, first, backend)
         if inputs.get("seq_idx") is not None:
@@ -126,7 +126,7 @@ def test_token_by_token_in_place_is_the_scan(case, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("case", "backend"), [p for p in BACKENDS if "packed" in p[0].name], **IDS)
 def test_packed_documents_are_separate(case, backend, dtype, device):
-    """A document's outputs equal those of the document alone, and other documents cannot move them one bit."""
+    """A document's outputs are those of the document alone, and no other document moves them by one bit."""
     inputs = case.build(Draw(dtype, device))
     seq_idx = inputs["seq_idx"]
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_memory_layout_does_not_matter(case, backend):
         for k, v in inputs.items()
     }
     with torch.no_grad():
-        for a, b in zip(run(case, strided, backend), run(case, inputs, backend)):
+        for a, b in zip(run(case, strided, backend), run(case, inputs, backend), strict=True):
             if isinstance(a, torch.Tensor):
                 torch.testing.assert_close(a, b)
 
@@ -178,7 +178,7 @@ def test_traces_without_graph_breaks(case, backend):
     torch._dynamo.reset()  # otherwise the cases before this one make its shapes symbolic
     inputs = case.build(Draw(torch.float32))
     compiled = torch.compile(lambda **kw: run(case, kw, backend), fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(**inputs), run(case, inputs, backend)):
+    for a, b in zip(compiled(**inputs), run(case, inputs, backend), strict=True):
         if isinstance(a, torch.Tensor):
             torch.testing.assert_close(a, b)
 
@@ -201,7 +201,7 @@ def test_twice_differentiable(case, backend):
     names = list(leaves(inputs))
 
     def function(*tensors):
-        outputs = run(case, {**inputs, **dict(zip(names, tensors))}, backend)
+        outputs = run(case, {**inputs, **dict(zip(names, tensors, strict=True))}, backend)
         return tuple(o for o in outputs if isinstance(o, torch.Tensor))
 
     assert torch.autograd.gradgradcheck(function, tuple(inputs[n] for n in names), nondet_tol=1e-12)

@@ -57,7 +57,8 @@ class Kernel(types.ModuleType):
         total = torch.from_numpy(total)
         start = torch.zeros_like(x[:, 0]) if initial_state is None else initial_state
         before = torch.cat([start[:, None], h[:, :-1]], 1)
-        return [total, (total * before).sum().reshape(rate.shape), None if initial_state is None else rate * total[:, 0]]
+        grad_start = None if initial_state is None else rate * total[:, 0]
+        return [total, (total * before).sum().reshape(rate.shape), grad_start]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,8 @@ def op():
 def inputs():
     torch.manual_seed(0)
     x, start = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    return [x.requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True), start.requires_grad_(), True]
+    rate = torch.tensor(0.7, dtype=torch.float64)
+    return [x.requires_grad_(), rate.requires_grad_(), start.requires_grad_(), True]
 
 
 @pytest.mark.parametrize("start", [True, False])
@@ -97,7 +99,7 @@ def test_kernel_gradients_are_the_references(op, inputs, start):
 def test_gradients_of_a_kernels_gradients_are_refused(op, inputs):
     y, _ = op(*inputs)
     (gradient,) = torch.autograd.grad(y.sum(), inputs[1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad|not differentiable"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad|not differentiable"):
         torch.autograd.grad(gradient, inputs[1])
 
 
@@ -180,7 +182,7 @@ def test_context_refuses_unknown_names(name, per_op, message):
 def test_state_is_overwritten_in_place(op, inputs):
     with torch.no_grad():
         state = inputs[2].detach().clone()
-        y, final = op(inputs[0], inputs[1], None, True, state=state)
+        _, final = op(inputs[0], inputs[1], None, True, state=state)
         assert final is state
         torch.testing.assert_close(state, op(*inputs)[1])
     with pytest.raises(ValueError, match="either initial_state or state"):

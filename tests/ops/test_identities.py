@@ -50,7 +50,9 @@ def test_ssd_is_masked_attention(ssd_inputs):
     x, dt, A, B, C = ssd_inputs.values()
     h, l = x.shape[2], x.shape[1]
     sums = (dt * A).cumsum(1)
-    L = torch.exp(sums[:, :, None] - sums[:, None]).masked_fill(~torch.ones(l, l).tril().bool()[:, :, None], 0)
+    L = torch.exp(sums[:, :, None] - sums[:, None]).masked_fill(
+        ~torch.ones(l, l).tril().bool()[:, :, None], 0
+    )
     scores = torch.einsum("bthn,bshn->btsh", heads(C, h), heads(B, h)) * L
     expected = torch.einsum("btsh,bsh,bshp->bthp", scores, dt, x)
     torch.testing.assert_close(ops.ssd(**ssd_inputs)[0], expected, rtol=1e-10, atol=1e-10)
@@ -116,7 +118,5 @@ def test_selective_scan_with_constant_inputs_is_an_lti_system():
     A, B, C = -torch.rand(d, n, **F64), torch.randn(n, **F64), torch.randn(n, **F64)
     powers = torch.exp(dt[:, None, None] * A[:, None] * torch.arange(l, **F64)[:, None])  # (d, l, n)
     kernel = (powers * B * C).sum(-1) * dt[:, None]
-    y, _ = ops.selective_scan(
-        x, dt.expand(2, l, d), A, B.expand(2, l, 1, n), C.expand(2, l, 1, n)
-    )
+    y, _ = ops.selective_scan(x, dt.expand(2, l, d), A, B.expand(2, l, 1, n), C.expand(2, l, 1, n))
     torch.testing.assert_close(ops.fft_conv(x, kernel), y, rtol=1e-10, atol=1e-10)

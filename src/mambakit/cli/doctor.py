@@ -101,9 +101,6 @@ def _operators(device: str) -> dict[str, str]:
         if name not in first:
             rows[name] = f"{', '.join(op.backends)} (no sample inputs to try)"
             continue
-        inputs = first[name].build(Draw(torch.float32, device))
-        _, *lines = ops.explain(
-            name, **{key: x for key, x in inputs.items() if key in op.arguments}
-        ).splitlines()
+        _, *lines = ops.explain(name, **first[name].build(Draw(torch.float32, device))).splitlines()
         rows[name] = "\n".join(line.strip() for line in lines)
     return rows

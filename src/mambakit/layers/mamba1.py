@@ -145,7 +145,9 @@ class Mamba1(Mixer, config=Mamba1Config):
         return State(
             {
                 "conv": torch.zeros(batch, self.config.d_conv - 1, d_inner, device=device, dtype=dtype),
-                "ssm": torch.zeros(batch, d_inner, self.config.d_state, device=device, dtype=recurrent_dtype(dtype)),
+                "ssm": torch.zeros(
+                    batch, d_inner, self.config.d_state, device=device, dtype=recurrent_dtype(dtype)
+                ),
             }
         )
 

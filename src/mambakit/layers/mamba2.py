@@ -85,7 +85,7 @@ class Mamba2Config(MixerConfig, tag="mamba2"):
         if rest or heads % self.ngroups:
             raise ValueError(
                 f"d_model={d_model} with expand={self.expand} gives {self.d_inner(d_model)} inner channels, "
-                f"expected a multiple of headdim={self.headdim} with heads divisible by ngroups={self.ngroups}"
+                f"expected a multiple of headdim={self.headdim} in heads divisible by ngroups={self.ngroups}"
             )
         return heads
 
@@ -118,7 +118,9 @@ class Mamba2(Mixer, config=Mamba2Config):
         conv_channels = d_inner + 2 * config.ngroups * config.d_state
         self.split = (d_inner, conv_channels, heads)
         self.in_proj = nn.Linear(d_model, sum(self.split), bias=config.bias, **made)
-        self.conv1d = CausalConv1d(conv_channels, config.d_conv, bias=config.conv_bias, activation="silu", **made)
+        self.conv1d = CausalConv1d(
+            conv_channels, config.d_conv, bias=config.conv_bias, activation="silu", **made
+        )
         self.dt_bias = nn.Parameter(torch.empty(heads, **scalar))
         self.A_log = nn.Parameter(torch.empty(heads, **scalar))
         self.D = nn.Parameter(torch.empty(heads, **scalar))

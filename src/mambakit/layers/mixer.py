@@ -129,7 +129,9 @@ class State(Mapping[str, Any]):
         target = Path(path)
         partial = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            save_file({name: t.detach().contiguous() for name, t in self.tensors()}, partial, dict(metadata or {}))
+            save_file(
+                {name: t.detach().contiguous() for name, t in self.tensors()}, partial, dict(metadata or {})
+            )
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)

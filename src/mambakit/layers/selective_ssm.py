@@ -1,4 +1,4 @@
-"""The selective state space model inside a Mamba-1 block: projections of the input into dt, B, C, and the scan.
+"""The selective state space model inside a Mamba-1 block: projections into dt, B and C, and the scan.
 
 A part of its own because Mamba-1, the vision models' directions and the hybrids all hold one or several of
 them. `dt` is projected through a bottleneck of `dt_rank`; its bias is a parameter of its own, added in

@@ -57,7 +57,11 @@ def pattern(text: str, **mixers: MixerConfig) -> tuple[MixerConfig, ...]:
     return tuple(known[letter] for letter in flat)
 
 
-DEFAULT_MIXERS: Mapping[str, MixerConfig] = {"M": Mamba2Config(), "-": GatedMLPConfig(), "*": AttentionConfig()}
+DEFAULT_MIXERS: Mapping[str, MixerConfig] = {
+    "M": Mamba2Config(),
+    "-": GatedMLPConfig(),
+    "*": AttentionConfig(),
+}
 """Mixers of the letters that need no definition."""
 
 

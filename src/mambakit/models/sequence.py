@@ -33,7 +33,8 @@ class SequenceClassifierConfig(BackboneConfig):
         super().__post_init__()
         if (self.vocab_size is None) == (self.in_features is None):
             raise ValueError(
-                f"vocab_size={self.vocab_size} and in_features={self.in_features}, expected exactly one of the two"
+                f"vocab_size={self.vocab_size} and in_features={self.in_features}, "
+                "expected exactly one of the two"
             )
         if self.n_classes < 2:
             raise ValueError(f"n_classes={self.n_classes}, expected at least 2")

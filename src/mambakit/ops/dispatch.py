@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import types
 import typing
 import warnings
@@ -40,6 +41,7 @@ registry: dict[str, Op] = {}
 _library = torch.library.Library("mambakit", "DEF")
 _forced: dict[str, str] = {}  # operator name, or "*" for all -> backend name
 _said: set[tuple[str, str, str]] = set()
+_asked: Op | None = None  # the operator that `explain` asks about, instead of running it
 
 
 class Op:
@@ -69,7 +71,9 @@ class Op:
         self.signature = inspect.signature(getattr(backends["reference"], name))
         self.arguments = list(self.signature.parameters)
         self.kernels = {key for key, module in backends.items() if hasattr(module, "forward")}
-        self._state_index = self.arguments.index("initial_state") if "initial_state" in self.arguments else None
+        self._state_index = (
+            self.arguments.index("initial_state") if "initial_state" in self.arguments else None
+        )
         if self.kernels:
             _register_kernels(self)
         registry[name] = self
@@ -90,6 +94,8 @@ class Op:
             ValueError: Both `state` and `initial_state` are given, the backend's name is unknown, or the
                 named backend cannot take these inputs (with its reason).
         """
+        if _asked is self:
+            raise _Answer({name: self._unsupported(name, inputs) for name in self.backends})
         if state is not None:
             index = self._state_index
             if index is None or inputs[index] is not None:
@@ -116,13 +122,7 @@ class Op:
             if reason is None:
                 return name
             self._say_once(name, reason, inputs)
-        raise ValueError(f"{self.name}: no backend takes these inputs: {self.reasons(*inputs)}")
-
-    def reasons(self, *inputs: Any, **options: Any) -> dict[str, str | None]:
-        """For each backend, why it cannot take these inputs, or `None` where it can."""
-        bound = self.signature.bind(*inputs, **options)
-        bound.apply_defaults()
-        return {name: self._unsupported(name, bound.args) for name in self.backends}
+        raise ValueError(f"{self.name}: no backend takes these inputs")
 
     def _unsupported(self, name: str, inputs: Sequence[Any]) -> str | None:
         test = getattr(self.backends[name], "unsupported", None)
@@ -186,17 +186,24 @@ def explain(name: str, *inputs: Any, **options: Any) -> str:
     Args:
         name: The operator's name.
         *inputs: Its inputs, as for the public function.
-        **options: Its keyword arguments, without `state` and `backend`.
+        **options: Its keyword arguments, likewise.
 
     Returns:
         A table with a line per backend.
 
     Raises:
-        ValueError: The operator's name is unknown.
+        ValueError: The operator's name is unknown, or what the operator itself refuses.
     """
+    global _asked
     if name not in registry:
         raise ValueError(unknown("operator", name, registry))
-    rows = registry[name].reasons(*inputs, **options)
+    _asked = registry[name]
+    try:
+        getattr(sys.modules["mambakit.ops"], name, _asked)(*inputs, **options)
+    except _Answer as answer:
+        rows = answer.reasons
+    finally:
+        _asked = None
     chosen = next((key for key, reason in rows.items() if reason is None), None)
     width = max(map(len, rows))
     lines = [
@@ -204,6 +211,14 @@ def explain(name: str, *inputs: Any, **options: Any) -> str:
         for key, reason in rows.items()
     ]
     return "\n".join([name, *lines])
+
+
+class _Answer(Exception):
+    """Carries, out of an operator's public function, why each backend cannot take the inputs."""
+
+    def __init__(self, reasons: dict[str, str | None]) -> None:
+        super().__init__()
+        self.reasons = reasons
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -257,7 +272,9 @@ def _register_kernels(op: Op) -> None:
         from torch.utils.flop_counter import register_flop_formula
 
         low = torch.ops.mambakit
-        register_flop_formula(getattr(low, op.name), get_raw=True)(lambda *a, out_val=None, **k: op.flops(*a[:-1]))
+        register_flop_formula(getattr(low, op.name), get_raw=True)(
+            lambda *a, out_val=None, **k: op.flops(*a[:-1])
+        )
         register_flop_formula(getattr(low, f"{op.name}_backward"), get_raw=True)(
             lambda *a, out_val=None, **k: 2 * op.flops(*a[2:-1])
         )

@@ -40,13 +40,14 @@ def check(op: str, **tensors: tuple[Tensor | None, str]) -> dict[str, int]:
             fits = len(shape) == len(letters)
         if not fits:
             raise ValueError(f"{op}: {name} has shape {tuple(shape)}, expected ({', '.join(spec.split())})")
-        for letter, size in zip(letters, shape):
+        for letter, size in zip(letters, shape, strict=False):
             known = sizes.setdefault(letter, size)
             owner.setdefault(letter, name)
             if known != size:
                 expected = ", ".join(f"{k}={sizes[k]}" if k in sizes else k for k in spec.split())
                 raise ValueError(
-                    f"{op}: {name} has shape {tuple(shape)}, expected ({expected}); {owner[letter]} set {letter}={known}"
+                    f"{op}: {name} has shape {tuple(shape)}, expected ({expected}); "
+                    f"{owner[letter]} set {letter}={known}"
                 )
     if sizes.get("l") == 0:
         raise ValueError(f"{op}: the sequence is empty (length 0), expected at least one token")

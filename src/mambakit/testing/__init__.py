@@ -1,0 +1,1 @@
+"""What tests, benchmarks and lessons share: sample inputs of every operator."""

@@ -1,9 +1,9 @@
 """A training step recorded once and replayed as one CUDA graph.
 
-Small models on a fast GPU spend their time launching kernels, not running them. A recorded step launches all of
-them at once; it computes exactly what the recorded calls compute, from the same addresses. So everything that
-changes from step to step lives in tensors that are overwritten in place: the batch, the learning rates, the
-step's number.
+Small models on a fast GPU spend their time launching kernels, not running them. A recorded step launches
+all of them at once; it computes exactly what the recorded calls compute, from the same addresses. So
+everything that changes from step to step lives in tensors that are overwritten in place: the batch, the
+learning rates, the step's number.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Muon: momentum, orthogonalised, for the matrices inside the network; AdamW for everything else.
 
 The update of a matrix is its momentum `M` with all singular values brought near 1: `U V^T` where
-`M = U S V^T`, found by five Newton-Schulz steps, which are matrix products only. A plain gradient step moves a
-matrix along a few dominant directions; this one moves it along all of them alike, and learns more from each
-token.
+`M = U S V^T`, found by five Newton-Schulz steps, which are matrix products only. A plain gradient step moves
+a matrix along a few dominant directions; this one moves it along all of them alike, and learns more from
+each token.
 
 PyTorch has `torch.optim.Muon`, which this follows in formula and defaults. It differs in two ways: the
 iteration runs in float32 on a CPU (there PyTorch's bfloat16 is fast on the newest processors only and tens of
@@ -74,7 +74,7 @@ class Muon(torch.optim.AdamW):
         for p in group["params"]:
             if p.grad is not None:
                 by_shape.setdefault(p.shape, []).append(p)
-        bad = getattr(self, "found_inf", None)  # nonzero: this update must not happen, see `Trainer.hindsight`
+        bad = getattr(self, "found_inf", None)  # nonzero: this update must not happen, as for fused AdamW
         lr = group["lr"] if bad is None else torch.where(bad.view(()) > 0, 0.0, group["lr"])
         for shape, parameters in by_shape.items():
             for p in parameters:
@@ -97,8 +97,8 @@ class Muon(torch.optim.AdamW):
 def orthogonal(matrices: Tensor) -> Tensor:
     """Bring all singular values of each matrix near 1 by five Newton-Schulz steps.
 
-    `X <- a X + b (X X^T) X + c (X X^T)^2 X` acts on each singular value alone; with the published coefficients it
-    takes any value in (0, 1] into about [0.7, 1.2].
+    `X <- a X + b (X X^T) X + c (X X^T)^2 X` acts on each singular value alone; with the published
+    coefficients it takes any value in (0, 1] into about [0.7, 1.2].
 
     Args:
         matrices: `(k, m, n)`, any scale.
@@ -114,7 +114,18 @@ def orthogonal(matrices: Tensor) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    for _ in range(STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.shape[-1] < 2 * x.shape[-2] or x.dtype == torch.bfloat16:
+        for _ in range(STEPS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    else:
+        # The same on the small side only: every factor is a polynomial in one Gram matrix, so they commute.
+        gram, product = x @ x.mT, None
+        for step in range(STEPS):
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = factor if product is None else factor @ product
+            if step < STEPS - 1:
+                gram = factor @ (factor @ gram)
+        x = product @ x
     return (x.mT if tall else x).to(matrices.dtype)

@@ -57,6 +57,8 @@ def linear_scan(
         ("state", state, u[:, 0].shape),
     ):
         if tensor is not None and tensor.shape != expected:
-            raise ValueError(f"linear_scan: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+            raise ValueError(
+                f"linear_scan: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}"
+            )
     dtype = torch.promote_types(a.dtype, u.dtype)
     return _op(a.to(dtype), u.to(dtype), initial_state, seq_idx, state=state, backend=backend)

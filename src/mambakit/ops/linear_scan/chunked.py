@@ -35,7 +35,7 @@ def linear_scan(
 
     product, state = a_positions[0], u_positions[0]
     products, states = [product], [state]
-    for a_q, u_q in zip(a_positions[1:], u_positions[1:]):
+    for a_q, u_q in zip(a_positions[1:], u_positions[1:], strict=True):
         product = product * a_q
         state = torch.addcmul(u_q, a_q, state)
         products.append(product)
@@ -44,7 +44,7 @@ def linear_scan(
     # Carry the state entering each chunk; the last chunk's padding (a = 1, u = 0) passes its state through.
     entering = torch.zeros_like(u[:, 0]) if initial_state is None else initial_state
     entries = []
-    for chunk_product, chunk_state in zip(product.unbind(1), state.unbind(1)):
+    for chunk_product, chunk_state in zip(product.unbind(1), state.unbind(1), strict=True):
         entries.append(entering)
         entering = torch.addcmul(chunk_state, chunk_product, entering)
     h = torch.addcmul(torch.stack(states, 2), torch.stack(products, 2), torch.stack(entries, 1).unsqueeze(2))

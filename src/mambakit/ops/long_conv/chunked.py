@@ -139,9 +139,9 @@ class _RealFFT(torch.autograd.Function):
         # half spectrum, and irfft counts every frequency but the first and last twice.
         n, length = ctx.sizes
         weight = grad.new_full((grad.shape[-1],), n / 2, dtype=grad.real.dtype)
-        weight[0] = n
+        weight[0].fill_(n)
         if n % 2 == 0:
-            weight[-1] = n
+            weight[-1].fill_(n)
         return torch.fft.irfft(grad * weight, n=n)[..., :length], None
 
 

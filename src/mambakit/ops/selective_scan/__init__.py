@@ -90,5 +90,9 @@ def selective_scan(
         seq_idx=(seq_idx, "b l"),
     )
     if sizes["d"] % sizes["g"]:
-        raise ValueError(f"selective_scan: {sizes['d']} channels do not split evenly into {sizes['g']} groups")
-    return _op(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, state=state, backend=backend)
+        raise ValueError(
+            f"selective_scan: {sizes['d']} channels do not split evenly into {sizes['g']} groups"
+        )
+    return _op(
+        x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, state=state, backend=backend
+    )

@@ -92,5 +92,18 @@ def ssd(
     if not dt_min <= dt_max:
         raise ValueError(f"ssd: dt_limit is {dt_limit}, expected (least, greatest)")
     return _op(
-        x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, dt_min, dt_max, state=state, backend=backend
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias,
+        initial_state,
+        seq_idx,
+        dt_softplus,
+        dt_min,
+        dt_max,
+        state=state,
+        backend=backend,
     )

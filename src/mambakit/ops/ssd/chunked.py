@@ -88,8 +88,8 @@ def _chunks(tensor: Tensor, c: int, q: int, repeat_last: bool = False) -> Tensor
     batch, length, *rest = tensor.shape
     if c * q > length:
         missing = c * q - length
-        padding = tensor[:, -1:].expand(-1, missing, *rest) if repeat_last else tensor.new_zeros(batch, missing, *rest)
-        tensor = torch.cat([tensor, padding], dim=1)
+        last = tensor[:, -1:].expand(-1, missing, *rest)
+        tensor = torch.cat([tensor, last if repeat_last else torch.zeros_like(last)], dim=1)
     return tensor.reshape(batch, c, q, *rest)
 
 
