@@ -44,6 +44,7 @@ def shakespeare(axes, run: Path) -> None:
             f"{name}, {loss:.2f}", (points[-1][0], loss), ha="right", va="bottom", color=SOFT, fontsize=9
         )
     final = result["metrics"]["val_loss"]
+    axes.set_ylim(bottom=final - 0.06)
     axes.annotate(
         f"{final:.3f}", (points[-1][0], final), xytext=(4, -12), textcoords="offset points", color=MAMBA
     )

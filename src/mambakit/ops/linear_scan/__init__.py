@@ -41,7 +41,8 @@ def linear_scan(
         backend: `"chunked"` or `"reference"`; chosen automatically by default.
 
     Returns:
-        All states `(b, l, ...)` and the final state `(b, ...)`, in the promoted type of the inputs.
+        All states `(b, l, ...)` in the promoted type of the inputs, and the final state `(b, ...)` in float32
+        or wider (complex where they are); the recurrence runs in the latter.
 
     Raises:
         ValueError: Shapes that do not fit, an empty sequence, or a backend that cannot take the inputs.
@@ -61,4 +62,7 @@ def linear_scan(
                 f"linear_scan: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}"
             )
     dtype = torch.promote_types(a.dtype, u.dtype)
-    return _op(a.to(dtype), u.to(dtype), initial_state, seq_idx, state=state, backend=backend)
+    work = torch.promote_types(dtype, torch.float32)
+    start = None if initial_state is None else initial_state.to(work)
+    h, final = _op(a.to(work), u.to(work), start, seq_idx, state=state, backend=backend)
+    return h.to(dtype), final
