@@ -2,25 +2,91 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import inspect
+import itertools
 
 import pytest
 import torch
 
 from mambakit import ops
 from mambakit.ops.dispatch import registry
-from mambakit.testing.samples import CASES, Draw
+from mambakit.testing.samples import CASES, Case, Draw
 
-BACKENDS = [(case, name) for case in CASES for name in registry[case.op].backends]
-CHECKED = [pair for pair in BACKENDS if pair[1] != "reference"]
-CARRYING = [
-    pair
-    for pair in BACKENDS
-    if isinstance(pair[0].build(Draw(torch.float64)).get("initial_state"), torch.Tensor)
-]
-IDS = {"ids": lambda value: str(value)}
-DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A case, the backend that runs it, and where."""
+
+    case: Case
+    backend: str
+    device: str
+
+    @property
+    def module(self):
+        return registry[self.case.op].backends[self.backend]
+
+    @property
+    def is_kernel(self):
+        return self.backend in registry[self.case.op].kernels
+
+    @property
+    def exact_dtype(self):
+        """The widest type that the backend computes in."""
+        return self.module.dtypes[0] if self.is_kernel else torch.float64
+
+    @property
+    def close(self):
+        """How close two ways to compute the same must come in that type."""
+        return {"rtol": 1e-10, "atol": 1e-10} if not self.is_kernel else {"rtol": 2e-4, "atol": 2e-5}
+
+    def __str__(self):
+        return f"{self.case}-{self.backend}-{self.device}"
+
+
+def _runs():
+    """Every case on every backend: on a CPU (GPU kernels interpreted there), and on a GPU."""
+    for case in CASES:
+        for name, module in registry[case.op].backends.items():
+            yield Run(case, name, "cpu")
+            if getattr(module, "device", "cuda") == "cuda":
+                yield Run(case, name, "cuda")
+
+
+def marked(runs, *more):
+    """Parameters for pytest; those of a GPU carry its mark."""
+    return [
+        pytest.param(
+            *values,
+            marks=[pytest.mark.gpu] if run.device == "cuda" else [],
+            id="-".join(str(v).removeprefix("torch.") for v in values),
+        )
+        for run in runs
+        for values in itertools.product([run], *more)
+    ]
+
+
+@contextlib.contextmanager
+def poisoned(where):
+    """NaN in every tensor a kernel allocates, so that what it forgets to write is seen."""
+    torch.use_deterministic_algorithms(where.is_kernel, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+RUNS = list(_runs())
+CHECKED = [run for run in RUNS if run.backend != "reference"]
+CARRYING = [
+    run for run in RUNS if isinstance(run.case.build(Draw(torch.float64)).get("initial_state"), torch.Tensor)
+]
+PACKED = [run for run in RUNS if "packed" in run.case.name]
+TRACED = [run for run in CHECKED if run.case.name in ("plain", "packed") and run.device == "cpu"]
 
 
 def run(case, inputs, backend, **extra):
@@ -67,15 +133,22 @@ def error(found, exact):
     return ((found.to(torch.complex128) - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
-@DEVICES
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("case", "backend"), CHECKED, **IDS)
-def test_values_and_gradients(case, backend, dtype, device):
+@pytest.mark.parametrize(
+    ("where", "dtype"),
+    [
+        p
+        for p in marked(CHECKED, DTYPES)
+        if not p.values[0].is_kernel or p.values[1] in p.values[0].module.dtypes
+    ],
+)
+def test_values_and_gradients(where, dtype):
     """Error at most twice the reference's own in the same type, plus the type's rounding."""
+    case, backend, device = where.case, where.backend, where.device
     inputs = case.build(Draw(dtype, device))
     exact = values_and_gradients(case, widened(inputs), "reference")
     reference = values_and_gradients(case, inputs, "reference")
-    found = values_and_gradients(case, inputs, backend)
+    with poisoned(where):
+        found = values_and_gradients(case, inputs, backend)
     assert found.keys() == reference.keys()
     for name, value in found.items():
         assert value.dtype == reference[name].dtype, name
@@ -84,10 +157,10 @@ def test_values_and_gradients(case, backend, dtype, device):
         assert error(value, exact[name]) <= bound, (name, error(value, exact[name]), bound)
 
 
-@DEVICES
-@pytest.mark.parametrize(("case", "backend"), CARRYING, **IDS)
-def test_halves_with_carried_state_are_the_whole(case, backend, device):
-    inputs = case.build(Draw(torch.float64, device))
+@pytest.mark.parametrize("where", marked(CARRYING))
+def test_halves_with_carried_state_are_the_whole(where):
+    case, backend = where.case, where.backend
+    inputs = case.build(Draw(where.exact_dtype, where.device))
     length = inputs[case.sequence[0]].shape[1]
     whole = run(case, inputs, backend)
     for cut in {length // 2, length - 1} - {0}:
@@ -100,14 +173,14 @@ def test_halves_with_carried_state_are_the_whole(case, backend, device):
             same = inputs["seq_idx"][:, cut - 1] == inputs["seq_idx"][:, cut]
             middle = torch.where(same.view(-1, *[1] * (middle.dim() - 1)), middle, torch.zeros_like(middle))
         y2, final = run(case, {**second, "initial_state": middle}, backend)
-        torch.testing.assert_close(torch.cat([y1, y2], 1), whole[0], rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(final, whole[1], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(torch.cat([y1, y2], 1), whole[0], **where.close)
+        torch.testing.assert_close(final, whole[1], **where.close)
 
 
-@DEVICES
-@pytest.mark.parametrize(("case", "backend"), CARRYING, **IDS)
-def test_token_by_token_in_place_is_the_scan(case, backend, device):
-    inputs = case.build(Draw(torch.float64, device))
+@pytest.mark.parametrize("where", marked(CARRYING))
+def test_token_by_token_in_place_is_the_scan(where):
+    case, backend = where.case, where.backend
+    inputs = case.build(Draw(where.exact_dtype, where.device))
     inputs = {**inputs, "seq_idx": None}
     with torch.no_grad():
         whole, final = run(case, inputs, backend)
@@ -118,16 +191,22 @@ def test_token_by_token_in_place_is_the_scan(case, backend, device):
             y, returned = run(case, {**inputs, **token}, backend, state=state)
             assert returned.data_ptr() == address
             outputs.append(y)
-    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(state, final, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, **where.close)
+    torch.testing.assert_close(state, final, **where.close)
 
 
-@DEVICES
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize(("case", "backend"), [p for p in BACKENDS if "packed" in p[0].name], **IDS)
-def test_packed_documents_are_separate(case, backend, dtype, device):
+@pytest.mark.parametrize(
+    ("where", "dtype"),
+    [
+        p
+        for p in marked(PACKED, (torch.float64, torch.float32))
+        if not p.values[0].is_kernel or p.values[1] in p.values[0].module.dtypes
+    ],
+)
+def test_packed_documents_are_separate(where, dtype):
     """A document's outputs are those of the document alone, and no other document moves them by one bit."""
-    inputs = case.build(Draw(dtype, device))
+    case, backend = where.case, where.backend
+    inputs = case.build(Draw(dtype, where.device))
     seq_idx = inputs["seq_idx"]
     with torch.no_grad():
         packed = run(case, inputs, backend)[0]
@@ -158,9 +237,10 @@ def test_packed_documents_are_separate(case, backend, dtype, device):
     assert torch.equal(moved[0, border:], packed[0, border:])
 
 
-@pytest.mark.parametrize(("case", "backend"), CHECKED, **IDS)
-def test_memory_layout_does_not_matter(case, backend):
-    inputs = case.build(Draw(torch.float32))
+@pytest.mark.parametrize("where", marked(CHECKED))
+def test_memory_layout_does_not_matter(where):
+    case, backend = where.case, where.backend
+    inputs = case.build(Draw(torch.float32, where.device))
     strided = {
         k: v.detach().repeat_interleave(2, dim=-1)[..., ::2]
         if isinstance(v, torch.Tensor) and v.dim() > 1
@@ -173,8 +253,9 @@ def test_memory_layout_does_not_matter(case, backend):
                 torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("case", "backend"), [p for p in CHECKED if p[0].name in ("plain", "packed")], **IDS)
-def test_traces_without_graph_breaks(case, backend):
+@pytest.mark.parametrize("where", marked(TRACED))
+def test_traces_without_graph_breaks(where):
+    case, backend = where.case, where.backend
     torch._dynamo.reset()  # otherwise the cases before this one make its shapes symbolic
     inputs = case.build(Draw(torch.float32))
     compiled = torch.compile(lambda **kw: run(case, kw, backend), fullgraph=True, backend="aot_eager")
@@ -193,8 +274,9 @@ def _small(case):
     }
 
 
-@pytest.mark.parametrize(("case", "backend"), [p for p in CHECKED if p[0].name in ("plain", "packed")], **IDS)
-def test_twice_differentiable(case, backend):
+@pytest.mark.parametrize("where", marked(run for run in TRACED if not run.is_kernel))
+def test_twice_differentiable(where):
+    case, backend = where.case, where.backend
     inputs = {
         k: v.detach().requires_grad_() if k in leaves(_small(case)) else v for k, v in _small(case).items()
     }

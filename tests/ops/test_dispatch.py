@@ -36,6 +36,10 @@ class Kernel(types.ModuleType):
     def unsupported(self, x, rate, initial_state, double):
         return None if x.dtype == torch.float64 else f"takes float64, not {x.dtype}"
 
+    def infer(self, x, rate, initial_state, double, in_place=False):
+        y, final = self.forward(x, rate, initial_state, double)[0]
+        return [y, initial_state.copy_(final) if in_place else final]
+
     def forward(self, x, rate, initial_state, double):
         Kernel.calls += 1
         h, r = x.numpy().copy(), rate.item()
@@ -69,6 +73,7 @@ def op():
     made = Op(
         "leaky_sum",
         {"kernel": Kernel("kernel"), "reference": plain},
+        outputs=2,
         fake=lambda x, rate, initial_state, double: [torch.empty_like(x), torch.empty_like(x[:, 0])],
         flops=lambda x, *_: 2 * x.numel(),
     )
@@ -96,11 +101,14 @@ def test_kernel_gradients_are_the_references(op, inputs, start):
         torch.testing.assert_close(a, b)
 
 
-def test_gradients_of_a_kernels_gradients_are_refused(op, inputs):
-    y, _ = op(*inputs)
-    (gradient,) = torch.autograd.grad(y.sum(), inputs[1], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad|not differentiable"):
-        torch.autograd.grad(gradient, inputs[1])
+def test_gradients_of_a_kernels_gradients_come_from_the_plain_backend(op, inputs):
+    results = []
+    for name in ("kernel", "reference"):
+        y, final = op(*inputs, backend=name)
+        first = torch.autograd.grad(y.sin().sum() + final.cos().sum(), inputs[:3], create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs[:3]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_kernel_runs_without_a_graph_when_no_gradient_is_wanted(op, inputs):
@@ -122,7 +130,7 @@ def test_kernel_traces_and_passes_opcheck(op, inputs):
     )
     plain = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.mambakit.leaky_sum.default, (*plain, "kernel"), test_utils=tests)
+    torch.library.opcheck(torch.ops.mambakit.leaky_sum.default, (*plain, True, "kernel"), test_utils=tests)
 
 
 def test_flops_are_counted(op, inputs):

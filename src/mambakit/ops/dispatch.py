@@ -2,18 +2,22 @@
 
 An operator has one contract (its public function) and several backends in order of preference. A *plain*
 backend (`chunked`, `reference`) is one differentiable PyTorch function named like the operator. A *kernel*
-backend (C++, Triton) is a module with
+backend (C++, CUDA, Triton) is a module with
 
     unsupported(*inputs) -> str | None        why these inputs cannot be taken, or None
-    forward(*inputs) -> (outputs, saved)      outputs as the contract says; saved tensors for the backward
-    backward(saved, grads, *inputs) -> grads  one gradient (or None) per tensor argument
+    infer(*inputs, in_place=False) -> outputs where no gradient is wanted; outputs as the contract says;
+                                              in place, the final state overwrites the initial one
+    forward(*inputs) -> (outputs, saved)      the same, with what the backward needs besides the inputs
+    backward(saved, grads, *inputs) -> grads  one gradient (or None) per tensor argument, in its type
     saved_like(*inputs) -> list[Tensor]       empty tensors shaped like `saved`, for tracing
     device                                    "cpu" or "cuda": where it is meant to run
+    dtypes                                    types of activations that it takes, the most exact first
 
 For each operator that has kernels two low-level `torch.library` operators are registered,
-`mambakit::name(..., str backend)` and `mambakit::name_backward(..., str backend)`, so kernels trace under
-`torch.compile(fullgraph=True)` and selective checkpointing sees one node. Plain backends are called directly:
-PyTorch already knows everything about them.
+`mambakit::name(..., bool grad, str backend)` and `mambakit::name_backward(..., str backend)`, so kernels
+trace under `torch.compile(fullgraph=True)` and selective checkpointing sees one node. A kernel states its first
+derivative; a second one is taken through the plain backend. Eager inference calls the kernel directly. Plain
+backends are always called directly: PyTorch already knows everything about them.
 
 The choice looks at device, dtype and shapes only, so it is a constant while tracing. It is process-wide, not
 per thread.
@@ -51,6 +55,7 @@ class Op:
         name: The operator's name; also the name of the function in each plain backend.
         backends: Backend name -> module, most preferred first; must include `reference`, whose signature is
             the operator's positional argument list.
+        outputs: Number of output tensors; one is returned as it is, several as a tuple.
         fake: `fake(*inputs) -> outputs` of empty tensors, needed once the operator has a kernel backend.
         flops: `flops(*inputs) -> int`, floating-point operations of one forward pass (a multiply-add counts
             two).
@@ -61,11 +66,13 @@ class Op:
         name: str,
         backends: dict[str, types.ModuleType],
         *,
+        outputs: int = 1,
         fake: Callable[..., Sequence[Tensor]] | None = None,
         flops: Callable[..., int] | None = None,
     ) -> None:
         self.name = name
         self.backends = backends
+        self.outputs = outputs
         self.fake = fake
         self.flops = flops
         self.signature = inspect.signature(getattr(backends["reference"], name))
@@ -101,7 +108,10 @@ class Op:
             if index is None or inputs[index] is not None:
                 raise ValueError(f"{self.name}: give either initial_state or state, not both")
             inputs = (*inputs[:index], state, *inputs[index + 1 :])
-        outputs = self._run(self.choose(inputs, backend), inputs)
+        chosen = self.choose(inputs, backend)
+        if state is not None and chosen in self.kernels and _is_plain_inference(inputs):
+            return tuple(self.backends[chosen].infer(*inputs, in_place=True))
+        outputs = self._run(chosen, inputs)
         if state is not None:
             state.copy_(outputs[1].detach())
             outputs = (outputs[0], state, *outputs[2:])
@@ -140,7 +150,8 @@ class Op:
     def _run(self, name: str, inputs: Sequence[Any]) -> Any:
         device = inputs[0].device.type
         if name in self.kernels:
-            return _call_kernel(self, name, inputs)
+            found = _call_kernel(self, name, inputs)
+            return found[0] if self.outputs == 1 else found
         function = getattr(self.backends[name], self.name)
         if torch.is_autocast_enabled(device):
             # The operators choose their own precision; autocast would round inside the recurrence.
@@ -244,17 +255,20 @@ def _register_kernels(op: Op) -> None:
     if op.fake is None:
         raise ValueError(f"{op.name}: an operator with kernel backends needs a fake")
     schema = _schema(op)
-    _library.define(f"{op.name}({schema}, str backend) -> Tensor[]")
+    _library.define(f"{op.name}({schema}, bool grad, str backend) -> Tensor[]")
     _library.define(f"{op.name}_backward(Tensor[] saved, Tensor[] grads, {schema}, str backend) -> Tensor[]")
 
     def forward(*arguments: Any) -> list[Tensor]:
-        *inputs, name = arguments
-        outputs, saved = op.backends[name].forward(*inputs)
+        *inputs, grad, name = arguments
+        kernel = op.backends[name]
+        if not grad:
+            return list(kernel.infer(*inputs))
+        outputs, saved = kernel.forward(*inputs)
         return [*outputs, *saved]
 
     def forward_fake(*arguments: Any) -> list[Tensor]:
-        *inputs, name = arguments
-        return [*op.fake(*inputs), *op.backends[name].saved_like(*inputs)]
+        *inputs, grad, name = arguments
+        return [*op.fake(*inputs), *(op.backends[name].saved_like(*inputs) if grad else ())]
 
     def backward(saved: list[Tensor], grads: list[Tensor], *arguments: Any) -> list[Tensor]:
         *inputs, name = arguments
@@ -263,7 +277,13 @@ def _register_kernels(op: Op) -> None:
 
     def backward_fake(saved: list[Tensor], grads: list[Tensor], *arguments: Any) -> list[Tensor]:
         *inputs, _ = arguments
-        return [torch.empty_like(t) for t in inputs if isinstance(t, Tensor)]
+        return [
+            torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            if t.is_floating_point() or t.is_complex()
+            else _absent(t)
+            for t in inputs
+            if isinstance(t, Tensor)
+        ]
 
     for suffix, run, fake in (("", forward, forward_fake), ("_backward", backward, backward_fake)):
         _library.impl(f"{op.name}{suffix}", run, "CompositeExplicitAutograd")
@@ -273,7 +293,7 @@ def _register_kernels(op: Op) -> None:
 
         low = torch.ops.mambakit
         register_flop_formula(getattr(low, op.name), get_raw=True)(
-            lambda *a, out_val=None, **k: op.flops(*a[:-1])
+            lambda *a, out_val=None, **k: op.flops(*a[:-2])
         )
         register_flop_formula(getattr(low, f"{op.name}_backward"), get_raw=True)(
             lambda *a, out_val=None, **k: 2 * op.flops(*a[2:-1])
@@ -286,11 +306,21 @@ def _absent(like: Tensor) -> Tensor:
 
 def _call_kernel(op: Op, name: str, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """Run a kernel backend, through the derivative's glue only when a gradient is wanted."""
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if _wants_gradient(inputs):
         return _Kernel.apply(op, name, *inputs)
-    count = len(op.fake(*(t.to("meta") if isinstance(t, Tensor) else t for t in inputs)))
-    return tuple(getattr(torch.ops.mambakit, op.name)(*inputs, name)[:count])
+    if _is_plain_inference(inputs):
+        return tuple(op.backends[name].infer(*inputs))
+    return tuple(getattr(torch.ops.mambakit, op.name)(*inputs, False, name))
+
+
+def _wants_gradient(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs if isinstance(t, Tensor))
+
+
+def _is_plain_inference(inputs: Sequence[Any]) -> bool:
+    """Whether a kernel may be called as it is: no gradient, no tracing, nobody listening to operators."""
+    listened = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return not listened and not _wants_gradient(inputs)
 
 
 class _Kernel(torch.autograd.Function):
@@ -298,22 +328,36 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, name: str, *inputs: Any) -> tuple[Tensor, ...]:
-        count = len(op.fake(*(t.to("meta") if isinstance(t, Tensor) else t for t in inputs)))
-        results = getattr(torch.ops.mambakit, op.name)(*inputs, name)
+        results = getattr(torch.ops.mambakit, op.name)(*inputs, True, name)
         tensors = [t for t in inputs if isinstance(t, Tensor)]
-        ctx.save_for_backward(*tensors, *results[count:])
+        ctx.save_for_backward(*tensors, *results[op.outputs :])
         ctx.op, ctx.name, ctx.tensor_count = op, name, len(tensors)
         ctx.template = [None if isinstance(t, Tensor) else (t,) for t in inputs]
         ctx.set_materialize_grads(True)
-        return tuple(results[:count])
+        return tuple(results[: op.outputs])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        tensors = iter(ctx.saved_tensors[: ctx.tensor_count])
-        saved = list(ctx.saved_tensors[ctx.tensor_count :])
-        inputs = [next(tensors) if slot is None else slot[0] for slot in ctx.template]
-        low = getattr(torch.ops.mambakit, f"{ctx.op.name}_backward")
-        found = iter(low(saved, [g.contiguous() for g in grads], *inputs, ctx.name))
+        op, tensors = ctx.op, ctx.saved_tensors[: ctx.tensor_count]
+        waiting = iter(tensors)
+        inputs = [next(waiting) if slot is None else slot[0] for slot in ctx.template]
+        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
+            found = iter(_differentiable_gradients(op, inputs, tensors, grads))
+        else:
+            saved = list(ctx.saved_tensors[ctx.tensor_count :])
+            low = getattr(torch.ops.mambakit, f"{op.name}_backward")
+            found = iter(low(saved, [g.contiguous() for g in grads], *inputs, ctx.name))
         result = [next(found) if slot is None else None for slot in ctx.template]
         return (None, None, *(None if g is None or g.numel() == 0 else g for g in result))
+
+
+def _differentiable_gradients(
+    op: Op, inputs: Sequence[Any], tensors: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients with a graph of their own, through the operator's preferred plain backend."""
+    name = next(key for key in op.backends if key not in op.kernels)
+    outputs = op._run(name, inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = [t for t in tensors if t.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if t.requires_grad else None for t in tensors]
