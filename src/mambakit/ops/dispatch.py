@@ -15,9 +15,9 @@ backend (C++, CUDA, Triton) is a module with
 
 For each operator that has kernels two low-level `torch.library` operators are registered,
 `mambakit::name(..., bool grad, str backend)` and `mambakit::name_backward(..., str backend)`, so kernels
-trace under `torch.compile(fullgraph=True)` and selective checkpointing sees one node. A kernel states its first
-derivative; a second one is taken through the plain backend. Eager inference calls the kernel directly. Plain
-backends are always called directly: PyTorch already knows everything about them.
+trace under `torch.compile(fullgraph=True)` and selective checkpointing sees one node. A kernel states its
+first derivative; a second one is taken through the plain backend. Eager inference calls the kernel directly.
+Plain backends are always called directly: PyTorch already knows everything about them.
 
 The choice looks at device, dtype and shapes only, so it is a constant while tracing. It is process-wide, not
 per thread.
