@@ -99,13 +99,15 @@ def _selective_scan(
     *,
     packed: bool = False,
     bare: bool = False,
+    slow: bool = False,
     dt_scale: float = 1.0,
 ) -> Build:
     def build(draw: Draw) -> dict[str, Any]:
+        rates = {"low": -0.01, "high": -0.0001} if slow else {"low": -4.0, "high": -0.1}
         return {
             "x": draw.normal(b, l, d),
             "dt": draw.uniform(b, l, d, low=0.01, high=0.5) if bare else draw.normal(b, l, d, scale=dt_scale),
-            "A": draw.wide(draw.uniform(d, n, low=-4.0, high=-0.1)),
+            "A": draw.wide(draw.uniform(d, n, **rates)),
             "B": draw.normal(b, l, g, n),
             "C": draw.normal(b, l, g, n),
             "D": None if bare else draw.wide(draw.normal(d)),
@@ -253,6 +255,13 @@ CASES: tuple[Case, ...] = (
     Case("selective_scan", "groups", _selective_scan(g=3), _SCAN),
     Case("selective_scan", "long-steps", _selective_scan(dt_scale=30.0), _SCAN),
     Case("selective_scan", "packed", _selective_scan(packed=True, g=2), _SCAN),
+    Case("selective_scan", "published-sizes", _selective_scan(l=70, d=72, n=16), _SCAN),
+    Case("selective_scan", "many-states", _selective_scan(b=1, d=3, n=40), _SCAN),
+    Case("selective_scan", "one-state-many-channels", _selective_scan(b=1, l=19, d=300, n=1), _SCAN),
+    Case("selective_scan", "long-packed", _selective_scan(b=1, l=600, d=10, n=16, packed=True), _SCAN),
+    Case(
+        "selective_scan", "long-slow", _selective_scan(b=1, l=600, d=5, n=8, dt_scale=0.1, slow=True), _SCAN
+    ),
     Case("ssd", "plain", _ssd(), _SCAN),
     Case("ssd", "one-token", _ssd(l=1), _SCAN),
     Case("ssd", "bare", _ssd(bare=True, l=64), _SCAN),

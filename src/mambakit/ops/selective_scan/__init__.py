@@ -7,11 +7,12 @@ products along time. See MATH.md beside this file.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mambakit.ops import shapes
 from mambakit.ops.dispatch import Op
-from mambakit.ops.selective_scan import chunked, reference
+from mambakit.ops.selective_scan import chunked, cuda, reference
 
 
 def _flops(x: Tensor, dt: Tensor, A: Tensor, *_: object) -> int:
@@ -19,7 +20,21 @@ def _flops(x: Tensor, dt: Tensor, A: Tensor, *_: object) -> int:
     return 7 * x.numel() * A.shape[1]
 
 
-_op = Op("selective_scan", {"chunked": chunked, "reference": reference}, flops=_flops)
+def _fake(x: Tensor, dt: Tensor, A: Tensor, *_: object) -> list[Tensor]:
+    state = torch.promote_types(x.dtype, torch.float32)
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(x.shape[0], *A.shape, dtype=state),
+    ]
+
+
+_op = Op(
+    "selective_scan",
+    {"cuda": cuda, "chunked": chunked, "reference": reference},
+    outputs=2,
+    fake=_fake,
+    flops=_flops,
+)
 
 
 def selective_scan(

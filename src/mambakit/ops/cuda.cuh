@@ -1,0 +1,145 @@
+// What the CUDA kernels of this library share: activations in three types, fast exponentials, copies from
+// global to shared memory, and sums across the lanes of a warp.
+//
+// Compiled at run time by NVRTC (see cuda.py), which needs no headers of CUDA's own. The tests compile the same
+// text for a CPU, with the few primitives below written in C++ (tests/ops/emulation); everything else must
+// build on them.
+#pragma once
+
+typedef long long int64;
+
+#ifndef EMULATED
+#define DEVICE __device__ __forceinline__
+#define KERNEL(name, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
+extern __shared__ __align__(16) unsigned char shared_memory[];
+
+struct alignas(16) Words4 { unsigned x, y, z, w; };
+
+DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float log2_fast(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float swap_lanes(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE void block_barrier() { __syncthreads(); }
+DEVICE bool block_all(bool yes) { return __syncthreads_and(yes); }
+DEVICE void add_to_global(float* to, float x) { atomicAdd(to, x); }
+DEVICE unsigned float_bits(float x) { return __float_as_uint(x); }
+DEVICE float bits_float(unsigned x) { return __uint_as_float(x); }
+DEVICE float half_to_float(unsigned short h) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(h)); return y; }
+DEVICE unsigned short float_to_half(float x) {
+    unsigned short h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
+DEVICE unsigned short float_to_bf16(float x) {
+    unsigned short h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
+// 16 bytes from global to shared memory without passing through registers; both addresses 16-byte aligned.
+DEVICE void copy16_async(void* shared, const void* global) {
+    unsigned to = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global));
+}
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;"); }
+template <int PENDING>
+DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+#endif
+
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+
+// ---------------------------------------------------------------------------------------------------------
+// Activations are kept as they are stored and computed with as float.
+
+struct bf16 { unsigned short bits; };
+struct half { unsigned short bits; };
+
+DEVICE float load(float x) { return x; }
+DEVICE float load(bf16 x) { return bits_float((unsigned)x.bits << 16); }
+DEVICE float load(half x) { return half_to_float(x.bits); }
+DEVICE void store(float* to, float x) { *to = x; }
+DEVICE void store(bf16* to, float x) { to->bits = float_to_bf16(x); }
+DEVICE void store(half* to, float x) { to->bits = float_to_half(x); }
+
+// Eight consecutive elements at a 16-byte aligned address.
+template <typename T>
+DEVICE void load8(float (&to)[8], const T* from) {
+    if constexpr (sizeof(T) == 4) {
+        const Words4 a = *(const Words4*)from, b = *((const Words4*)from + 1);
+        const unsigned words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] = bits_float(words[i]);
+    } else {
+        const Words4 a = *(const Words4*)from;
+        const unsigned words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            T element;
+            element.bits = (unsigned short)(words[i / 2] >> (16 * (i % 2)));
+            to[i] = load(element);
+        }
+    }
+}
+
+template <typename T>
+DEVICE void store8(T* to, const float (&from)[8]) {
+    if constexpr (sizeof(T) == 4) {
+        unsigned words[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) words[i] = float_bits(from[i]);
+        *(Words4*)to = Words4{words[0], words[1], words[2], words[3]};
+        *((Words4*)to + 1) = Words4{words[4], words[5], words[6], words[7]};
+    } else {
+        unsigned words[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            T low, high;
+            store(&low, from[2 * i]);
+            store(&high, from[2 * i + 1]);
+            words[i] = low.bits | ((unsigned)high.bits << 16);
+        }
+        *(Words4*)to = Words4{words[0], words[1], words[2], words[3]};
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Functions of one number
+
+DEVICE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
+
+// log(1 + exp(x)), to float's last digits where EXACT. For small w = exp(x) a logarithm of 1 + w would lose w's
+// digits, so there it is a polynomial in w.
+template <bool EXACT>
+DEVICE float softplus(float x) {
+    if (x > 20.0f) return x;
+    const float w = exp2_fast(LOG2E * x);
+    if constexpr (EXACT) return log1pf(w);
+    const float series = w * (1.0f + w * (-0.5f + w * (1.0f / 3 + w * -0.25f)));
+    return w < 0.06f ? series : LN2 * log2_fast(1.0f + w);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Sums across lanes
+
+// Sum each of COUNT values over the lanes that differ in the bits STRIDE, 2 STRIDE, ... below END. With every
+// halving a lane keeps half of its values, so that COUNT values cost COUNT - 1 exchanges and not COUNT times the
+// number of halvings. On return values[0 .. kept) hold the sums whose numbers begin at the returned index.
+template <int COUNT, int STRIDE, int END>
+DEVICE int sum_lanes(float* values, int lane) {
+    if constexpr (STRIDE >= END) {
+        return 0;
+    } else if constexpr (COUNT == 1) {
+        values[0] += swap_lanes(values[0], STRIDE);
+        return sum_lanes<1, 2 * STRIDE, END>(values, lane);
+    } else {
+        const bool upper = lane & STRIDE;
+#pragma unroll
+        for (int i = 0; i < COUNT / 2; i++) {
+            const float mine = upper ? values[i + COUNT / 2] : values[i];
+            const float other = upper ? values[i] : values[i + COUNT / 2];
+            values[i] = mine + swap_lanes(other, STRIDE);
+        }
+        return (upper ? COUNT / 2 : 0) + sum_lanes<COUNT / 2, 2 * STRIDE, END>(values, lane);
+    }
+}

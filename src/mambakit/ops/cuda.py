@@ -1,0 +1,260 @@
+"""CUDA C++ kernels compiled at run time: NVRTC makes a binary for this GPU, the driver loads and starts it.
+
+Nothing is compiled when the package is installed and no CUDA toolkit is needed: NVRTC comes with PyTorch's
+CUDA build and the driver with the GPU. A binary is kept on disk, so that a process that finds it pays
+milliseconds.
+
+Kernels live in a `kernels.cu` beside their operator, preceded by `cuda.cuh`. Each takes one block of
+parameters, `Params`, mirrored by a `ctypes.Structure`; types and optional arguments are settings of the
+compilation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
+"""Types of activations -> their names in the kernels."""
+
+LEAST_CAPABILITY = (8, 0)
+"""Oldest GPUs with what the kernels use: asynchronous copies and bf16."""
+
+
+class CompilationError(RuntimeError):
+    """NVRTC refused a kernel; the message holds its log."""
+
+
+class Source:
+    """A file of kernels.
+
+    Args:
+        path: The `.cu` file.
+        params: Mirror of its `struct Params`.
+    """
+
+    def __init__(self, path: Path, params: type[ctypes.Structure]) -> None:
+        self.path, self.params = path, params
+        self._kernels: dict[tuple[Any, ...], Any] = {}
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The whole translation unit."""
+        shared = Path(__file__).with_name("cuda.cuh")
+        return f'{shared.read_text()}\n#line 1 "{self.path.name}"\n{self.path.read_text()}'
+
+    def launch(
+        self,
+        name: str,
+        settings: Mapping[str, str | int],
+        params: ctypes.Structure,
+        *,
+        blocks: int,
+        threads: int,
+        shared: int,
+        device: torch.device,
+    ) -> None:
+        """Start a kernel on the current stream.
+
+        Args:
+            name: The kernel's name.
+            settings: Preprocessor definitions.
+            params: Its parameters; copied before this returns.
+            blocks: Size of the grid.
+            threads: Threads of a block.
+            shared: Bytes of dynamic shared memory.
+            device: Where to run.
+
+        Raises:
+            CompilationError: The kernel does not compile.
+            RuntimeError: The driver refuses the launch, with its reason.
+        """
+        key = (name, device, *settings.items())
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            words = [f"-DKERNEL_{name}", *(f"-D{k}={v}" for k, v in settings.items())]
+            kernel = self._kernels[key] = make(self, name, words, device)
+        kernel(params, blocks, threads, shared)
+
+
+class Kernel:
+    """A kernel loaded on one device; called to start it."""
+
+    def __init__(self, binary: bytes, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # creates the context
+            module = ctypes.c_void_p()
+            _check(_driver().cuModuleLoadData(ctypes.byref(module), binary), f"loading {name}")
+            self._function = ctypes.c_void_p()
+            found = _driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode())
+            _check(found, f"finding {name}")
+        self._shared = 0
+
+    def __call__(self, params: ctypes.Structure, blocks: int, threads: int, shared: int) -> None:
+        """Start `blocks` blocks on the current stream."""
+        if self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self(params, blocks, threads, shared)
+        if shared > max(self._shared, 48 * 1024):
+            # 8: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(
+                _driver().cuFuncSetAttribute(self._function, 8, shared), f"{shared} bytes of shared memory"
+            )
+            self._shared = shared
+        pointer = ctypes.c_void_p(ctypes.addressof(params))
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device.index))
+        code = _driver().cuLaunchKernel(
+            self._function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.byref(pointer), None
+        )
+        return _check(code, f"launching {self.name}")
+
+
+def make(source: Source, name: str, words: list[str], device: torch.device) -> Any:
+    """Compile and load a kernel; the tests put their emulation here."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return Kernel(_binary(source.text, [*words, f"--gpu-architecture=sm_{major}{minor}"]), name, device)
+
+
+def runs_on(device: torch.device) -> str | None:
+    """Why kernels cannot run on a device, or None.
+
+    Args:
+        device: Where the inputs are.
+
+    Returns:
+        A reason for a user.
+    """
+    if device.type != "cuda":
+        return f"takes tensors on a CUDA device, not on {device.type!r}"
+    return _missing(device.index)
+
+
+@functools.cache
+def _missing(index: int | None) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU"
+    if capability < LEAST_CAPABILITY:
+        return f"needs compute capability {LEAST_CAPABILITY}, this GPU has {capability}"
+    try:
+        _nvrtc()
+    except OSError as error:
+        return f"NVRTC, CUDA's run-time compiler, was not found: {error}"
+    return None
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """A tensor's address for a field of `Params`; null for an absent one."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def is_aligned(*tensors: Tensor | None) -> bool:
+    """Whether all rows of all tensors start at multiples of 16 bytes, as 16-byte accesses need."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        size = tensor.element_size()
+        if tensor.data_ptr() % 16 or any(stride * size % 16 for stride in tensor.stride()[:-1]):
+            return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The compiler and the driver
+
+
+def _binary(text: str, options: list[str]) -> bytes:
+    """A cubin, from disk where the same text was compiled with the same options before."""
+    options = ["--std=c++17", "--device-as-default-execution-space", *options]
+    version = _nvrtc_version()
+    key = hashlib.sha256("\0".join([text, *options, version]).encode()).hexdigest()
+    path = _folder() / f"{key}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        binary = _compile(text, options)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(binary)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a cache that cannot be written costs time, nothing else
+    return binary
+
+
+def _folder() -> Path:
+    named = os.environ.get("MAMBAKIT_KERNEL_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "mambakit" / "kernels"
+
+
+def _compile(text: str, options: list[str]) -> bytes:
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    words = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    _check(
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None), "NVRTC"
+    )
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(options), words):
+            raise CompilationError(
+                _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode()
+            )
+        return _text(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text(program: ctypes.c_void_p, size: Any, get: Any) -> bytes:
+    length = ctypes.c_size_t()
+    _check(size(program, ctypes.byref(length)), "NVRTC")
+    buffer = ctypes.create_string_buffer(length.value)
+    _check(get(program, buffer), "NVRTC")
+    return buffer.raw
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        raise RuntimeError(f"CUDA: {what} failed with error {code}")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """PyTorch's own NVRTC: one of its CUDA version, from the packages beside it or the system."""
+    major = torch.version.cuda.split(".")[0] if torch.version.cuda else ""
+    if sys.platform == "win32":
+        return ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/nvrtc64*.dll"), "nvrtc64.dll")))
+    name = f"libnvrtc.so.{major}"
+    beside = Path(torch.__file__).parent.parent / "nvidia"
+    found = sorted(glob.glob(str(beside / "*" / "lib" / name)))
+    return ctypes.CDLL(found[0] if found else name)
+
+
+@functools.cache
+def _nvrtc_version() -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"

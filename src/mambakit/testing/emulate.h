@@ -1,0 +1,133 @@
+// The primitives of cuda.cuh on a CPU: a block's threads are fibres that take turns and switch at barriers and
+// lane exchanges. Blocks run one after the other. Slow, exact about who has arrived where, and enough to check
+// what a kernel computes without a GPU. A fibre that waits for one that has ended is reported as a deadlock.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#define EMULATED
+#define DEVICE inline
+#define __restrict__
+
+struct Index { unsigned x; };
+static Index blockIdx, threadIdx;
+static unsigned char* shared_memory;
+
+struct alignas(16) Words4 { unsigned x, y, z, w; };
+
+namespace emulation {
+constexpr size_t STACK = 256 * 1024;
+struct Fibre { ucontext_t context; bool done; };
+struct Meeting { int arrived = 0; long round = 0; bool all = true, result = true; };
+static std::vector<Fibre> fibres;
+static std::vector<unsigned char> stacks;
+static ucontext_t scheduler;
+static int current, count;
+static bool progress;
+static Meeting block;
+static std::vector<Meeting> warps;
+static std::vector<float> exchanged;
+
+inline void yield() { swapcontext(&fibres[current].context, &scheduler); threadIdx.x = (unsigned)current; }
+
+// Wait until all `members` have come; true if all of them said yes.
+inline bool meet(Meeting& at, int members, bool yes = true) {
+    const long round = at.round;
+    at.all = at.all && yes;
+    progress = true;
+    if (++at.arrived == members) {
+        at.arrived = 0, at.result = at.all, at.all = true, at.round++;
+        return at.result;
+    }
+    while (at.round == round) yield();
+    return at.result;
+}
+
+template <typename Body>
+void run_block(Body body, int threads) {
+    static Body* entry;
+    entry = &body;
+    count = threads;
+    fibres.assign(threads, Fibre{});
+    stacks.resize(threads * STACK);
+    warps.assign((threads + 31) / 32, Meeting{});
+    exchanged.assign(threads, 0.0f);
+    block = Meeting{};
+    for (int i = 0; i < threads; i++) {
+        getcontext(&fibres[i].context);
+        fibres[i].context.uc_stack.ss_sp = stacks.data() + i * STACK;
+        fibres[i].context.uc_stack.ss_size = STACK;
+        fibres[i].context.uc_link = &scheduler;
+        makecontext(&fibres[i].context, (void (*)()) + [] { (*entry)(); fibres[current].done = true; progress = true; }, 0);
+    }
+    for (int left = threads; left > 0;) {
+        progress = false;
+        for (int i = 0; i < threads; i++) {
+            if (fibres[i].done) continue;
+            current = i, threadIdx.x = (unsigned)i;
+            swapcontext(&scheduler, &fibres[i].context);
+            left -= fibres[i].done;
+        }
+        if (!progress) {
+            fprintf(stderr, "a kernel's threads wait for threads that never come\n");
+            abort();
+        }
+    }
+}
+}  // namespace emulation
+
+inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline unsigned float_bits(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+inline float bits_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
+inline float half_to_float(unsigned short h) { _Float16 x; memcpy(&x, &h, 2); return (float)x; }
+inline unsigned short float_to_half(float x) { _Float16 y = (_Float16)x; unsigned short h; memcpy(&h, &y, 2); return h; }
+inline unsigned short float_to_bf16(float x) {
+    if (std::isnan(x)) return 0x7fff;
+    const unsigned bits = float_bits(x);
+    return (unsigned short)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void block_barrier() { emulation::meet(emulation::block, emulation::count); }
+inline bool block_all(bool yes) { return emulation::meet(emulation::block, emulation::count, yes); }
+inline float swap_lanes(float x, int mask) {
+    using namespace emulation;
+    const int me = current, warp = me / 32, members = count - warp * 32 < 32 ? count - warp * 32 : 32;
+    exchanged[me] = x;
+    meet(warps[warp], members);
+    const float other = exchanged[me ^ mask];
+    meet(warps[warp], members);
+    return other;
+}
+inline void add_to_global(float* to, float x) { *to += x; }
+// Both addresses must be 16-byte aligned on a GPU; the copy is complete at once here.
+inline void copy16_async(void* shared, const void* global) {
+    if ((uintptr_t)shared % 16 || (uintptr_t)global % 16) {
+        fprintf(stderr, "an asynchronous copy is not aligned\n");
+        abort();
+    }
+    memcpy(shared, global, 16);
+}
+inline void copies_commit() {}
+template <int PENDING> inline void copies_wait() {}
+
+// One library holds one kernel: `run` starts it.
+#define KERNEL(name, threads, blocks)                                                        \
+    static void name(const Params& p);                                                       \
+    extern "C" void run(const Params* p, long long grid, int block_threads, int shared) {    \
+        std::vector<unsigned char> memory(shared + 16);                                      \
+        shared_memory = memory.data() + (16 - (uintptr_t)memory.data() % 16) % 16;           \
+        for (long long i = 0; i < grid; i++) {                                               \
+            memset(shared_memory, 0xff, shared); /* NaN: what is read must be written */     \
+            blockIdx.x = (unsigned)i;                                                        \
+            emulation::run_block([&] { name(*p); }, block_threads);                          \
+        }                                                                                    \
+    }                                                                                        \
+    static void name(const Params& p)
