@@ -8,3 +8,9 @@ import os
 # pytest-xdist already puts a process on every core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+# Before Triton is imported anywhere: where there is no GPU, its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

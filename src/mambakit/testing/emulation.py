@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from mambakit.ops import cuda
+from mambakit.ops import cuda, triton_utils
 
 _HEADER = Path(__file__).with_name("emulate.h")
 PROCESSORS = 3
@@ -30,12 +30,14 @@ PROCESSORS = 3
 
 @contextlib.contextmanager
 def emulated_gpu() -> Iterator[None]:
-    """Let CUDA kernels take tensors in main memory inside a `with` block.
+    """Let GPU kernels take tensors in main memory inside a `with` block.
+
+    Triton's need `TRITON_INTERPRET=1` in the environment before the first of them is imported.
 
     Yields:
         Nothing.
     """
-    kept = cuda.make, cuda.processors, cuda.runs_on
+    kept = cuda.make, cuda.processors, cuda.runs_on, triton_utils.runs_on
 
     def choose(emulated: Callable, real: Callable) -> Callable:
         return lambda *args: (emulated if args[-1].type == "cpu" else real)(*args)
@@ -43,10 +45,15 @@ def emulated_gpu() -> Iterator[None]:
     cuda.make = choose(_make, cuda.make)
     cuda.processors = choose(lambda device: PROCESSORS, cuda.processors)
     cuda.runs_on = choose(lambda device: None, cuda.runs_on)
+    triton_utils.runs_on = choose(_interpreted, triton_utils.runs_on)
     try:
         yield
     finally:
-        cuda.make, cuda.processors, cuda.runs_on = kept
+        cuda.make, cuda.processors, cuda.runs_on, triton_utils.runs_on = kept
+
+
+def _interpreted(device: torch.device) -> str | None:
+    return None if os.environ.get("TRITON_INTERPRET") == "1" else "Triton's interpreter is not switched on"
 
 
 def _make(source: cuda.Source, name: str, words: list[str], device: torch.device) -> Callable[..., None]:

@@ -8,22 +8,20 @@ fixed one; that costs memory for one partial sum per block of channels.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mambakit.ops import cuda
+from mambakit.ops import cuda, segments
+from mambakit.ops.operands import common_type, rows, scalars
 
 device = "cuda"
 dtypes = (torch.float32, torch.bfloat16, torch.float16)
 MOST_STATES = 256
 THREADS = 256
 BLOCKS_PER_PROCESSOR = {"forward": 4, "backward": 2}
-LEAST_SEGMENT = 256
-"""Tokens below which a segment is not worth another summary."""
 
 _POINTERS = """
     x dt z dy B C y dx ddt dz A D dt_bias initial dfinal seq_idx final checkpoints local passed
@@ -61,8 +59,8 @@ def unsupported(
     """Why the kernels cannot take these inputs, or None."""
     if reason := cuda.runs_on(x.device):
         return reason
-    if _common_type(x, dt, B, C, z) not in dtypes:
-        return f"takes float32, bfloat16 and float16, not {_common_type(x, dt, B, C, z)}"
+    if common_type(x, dt, B, C, z) not in dtypes:
+        return f"takes float32, bfloat16 and float16, not {common_type(x, dt, B, C, z)}"
     if A.is_complex():
         return "takes real decay rates only"
     if A.shape[1] > MOST_STATES:
@@ -123,9 +121,9 @@ class _Call:
         }  # fmt: skip
         self.batch, self.length, self.d = x.shape
         self.n, self.groups = A.shape[1], B.shape[2]
-        common = _common_type(x, dt, B, C, z)
-        self.x, self.dt, self.B, self.C, self.z = (_rows(t, common) for t in (x, dt, B, C, z))
-        self.A, self.D, self.dt_bias, self.initial = (_scalars(t) for t in (A, D, dt_bias, initial_state))
+        common = common_type(x, dt, B, C, z)
+        self.x, self.dt, self.B, self.C, self.z = (rows(t, common) for t in (x, dt, B, C, z))
+        self.A, self.D, self.dt_bias, self.initial = (scalars(t) for t in (A, D, dt_bias, initial_state))
         self.seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
         self.softplus, self.device = dt_softplus, x.device
         self.checkpoints: Tensor | None = None
@@ -136,11 +134,11 @@ class _Call:
     def forward(self, in_place: bool = False) -> tuple[Tensor, Tensor]:
         y = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.device)
         final = self._final(in_place)
-        segment, segments = self._segments("forward")
-        params = self._params(segment, segments)
+        segment, count = self._segments("forward")
+        params = self._params(segment, count)
         params.y, params.checkpoints = y.data_ptr(), cuda.address(self.checkpoints)
         summaries = self._summarise("summarise", params)
-        if segments > 1 and final is self.initial:
+        if count > 1 and final is self.initial:
             final = torch.empty_like(final)  # other blocks still read the initial state
         params.final = final.data_ptr()
         self._launch("forward", params, self._shared(2 + (self.z is not None)))
@@ -157,9 +155,9 @@ class _Call:
 
     def backward(self, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor | None]:
         given = self.given
-        dy, dfinal = _rows(dy, self.x.dtype), _scalars(dfinal)
-        segment, segments = self._segments("backward")
-        params = self._params(segment, segments, dy)
+        dy, dfinal = rows(dy, self.x.dtype), scalars(dfinal)
+        segment, count = self._segments("backward")
+        params = self._params(segment, count, dy)
         params.dy, params.dfinal, params.checkpoints = (t.data_ptr() for t in (dy, dfinal, self.checkpoints))
         summaries = self._summarise("summarise_backward", params)
 
@@ -167,8 +165,8 @@ class _Call:
         dx, ddt = (torch.empty(self.x.shape, **like_x) for _ in range(2))
         dz = None if self.z is None else torch.empty(self.x.shape, **like_x)
         wide = {"dtype": torch.float32, "device": self.device}
-        dA = torch.empty(self.batch * segments, self.d, self.n, **wide)
-        dD, ddt_bias = (torch.empty(self.batch * segments, self.d, **wide) for _ in range(2))
+        dA = torch.empty(self.batch * count, self.d, self.n, **wide)
+        dD, ddt_bias = (torch.empty(self.batch * count, self.d, **wide) for _ in range(2))
         dinitial = None if self.initial is None else torch.empty(self.initial.shape, **wide)
         params.partial = self.channel_blocks == 1 or torch.are_deterministic_algorithms_enabled()
         copies = self.channel_blocks if params.partial else 1
@@ -211,16 +209,9 @@ class _Call:
         return y.to(self.given["x"].dtype), final
 
     def _segments(self, kernel: str) -> tuple[int, int]:
-        """Tokens of a segment and their number: as few rounds of blocks over the GPU as possible."""
-        tile = _tile(self.n)
         slots = cuda.processors(self.device) * BLOCKS_PER_PROCESSOR[kernel]
         blocks = self.batch * self.groups * self.channel_blocks
-        most = max(1, min(-(-slots // blocks), self.length // max(LEAST_SEGMENT, tile)))
-        # Rounds per token, and a tenth more for the summaries.
-        cost = {s: math.ceil(blocks * s / slots) / s * (1.1 if s > 1 else 1.0) for s in range(1, most + 1)}
-        wanted = min(cost, key=cost.get)
-        segment = -(-self.length // wanted // tile) * tile
-        return segment, -(-self.length // segment)
+        return segments.division(self.length, _tile(self.n), blocks, slots)
 
     def _summarise(self, kernel: str, params: _Params) -> tuple[Tensor, Tensor] | None:
         """Each segment's own state and decay, for the blocks of the segments beyond it."""
@@ -284,24 +275,3 @@ def _tile(n: int) -> int:
     """Tokens of a tile."""
     lanes = _division(n)[1]
     return 8 * lanes if lanes <= 4 else 32
-
-
-def _common_type(*tensors: Tensor | None) -> torch.dtype:
-    common = tensors[0].dtype
-    for tensor in tensors[1:]:
-        if tensor is not None:
-            common = torch.promote_types(common, tensor.dtype)
-    return common
-
-
-def _rows(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A tensor of activations in the common type, its last axis contiguous."""
-    if tensor is None:
-        return None
-    tensor = tensor.to(dtype)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _scalars(tensor: Tensor | None) -> Tensor | None:
-    """A parameter or state as contiguous float32."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()

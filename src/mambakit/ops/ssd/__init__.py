@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambakit.ops import shapes
 from mambakit.ops.dispatch import Op
-from mambakit.ops.ssd import chunked, reference
+from mambakit.ops.ssd import chunked, reference, triton
 
 
 def _flops(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: object) -> int:
@@ -20,7 +20,20 @@ def _flops(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: object) -> int:
     return 6 * x.numel() * B.shape[-1]
 
 
-_op = Op("ssd", {"chunked": chunked, "reference": reference}, flops=_flops)
+def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: object) -> list[Tensor]:
+    batch, _, h, p = x.shape
+    state = torch.promote_types(x.dtype, torch.float32)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return [y, x.new_empty(batch, h, p, B.shape[-1], dtype=state)]
+
+
+_op = Op(
+    "ssd",
+    {"triton": triton, "chunked": chunked, "reference": reference},
+    outputs=2,
+    fake=_fake,
+    flops=_flops,
+)
 
 
 def ssd(
