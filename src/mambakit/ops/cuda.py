@@ -166,13 +166,13 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def is_aligned(*tensors: Tensor | None) -> bool:
-    """Whether all rows of all tensors start at multiples of 16 bytes, as 16-byte accesses need."""
+def is_aligned(*tensors: Tensor | None, to: int = 16) -> bool:
+    """Whether all rows of all tensors start at multiples of `to` bytes, as vector accesses need."""
     for tensor in tensors:
         if tensor is None:
             continue
         size = tensor.element_size()
-        if tensor.data_ptr() % 16 or any(stride * size % 16 for stride in tensor.stride()[:-1]):
+        if tensor.data_ptr() % to or any(stride * size % to for stride in tensor.stride()[:-1]):
             return False
     return True
 

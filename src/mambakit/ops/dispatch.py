@@ -347,8 +347,11 @@ class _Kernel(torch.autograd.Function):
             saved = list(ctx.saved_tensors[ctx.tensor_count :])
             low = getattr(torch.ops.mambakit, f"{op.name}_backward")
             found = iter(low(saved, [g.contiguous() for g in grads], *inputs, ctx.name))
-        result = [next(found) if slot is None else None for slot in ctx.template]
-        return (None, None, *(None if g is None or g.numel() == 0 else g for g in result))
+        # An empty gradient stands for none, except of an input that is itself empty.
+        gradients = iter(
+            None if g is None or g.shape != t.shape else g for g, t in zip(found, tensors, strict=True)
+        )
+        return (None, None, *(next(gradients) if slot is None else None for slot in ctx.template))
 
 
 def _differentiable_gradients(

@@ -276,6 +276,8 @@ CASES: tuple[Case, ...] = (
     Case("causal_conv1d", "shorter-than-taps", _causal_conv1d(l=3, w=8), _CONV),
     Case("causal_conv1d", "one-tap", _causal_conv1d(w=1), _CONV),
     Case("causal_conv1d", "packed", _causal_conv1d(packed=True), _CONV),
+    Case("causal_conv1d", "many-channels", _causal_conv1d(b=1, l=140, d=264), _CONV),
+    Case("causal_conv1d", "long-packed", _causal_conv1d(b=1, l=530, d=8, packed=True), _CONV),
     Case("norm", "plain", _norm(), _NORM),
     Case("norm", "bare", _norm(bare=True), _NORM),
     Case("norm", "layer", _norm("layer"), _NORM),

@@ -7,11 +7,12 @@ beside this file.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mambakit.config import unknown
 from mambakit.ops import shapes
-from mambakit.ops.causal_conv1d import chunked, reference
+from mambakit.ops.causal_conv1d import chunked, cuda, reference
 from mambakit.ops.dispatch import Op
 
 ACTIVATIONS = ("silu",)
@@ -21,7 +22,19 @@ def _flops(x: Tensor, weight: Tensor, *_: object) -> int:
     return 2 * x.numel() * weight.shape[1]
 
 
-_op = Op("causal_conv1d", {"chunked": chunked, "reference": reference}, flops=_flops)
+def _fake(x: Tensor, weight: Tensor, *_: object) -> list[Tensor]:
+    state = torch.promote_types(x.dtype, torch.float32)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return [y, x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2], dtype=state)]
+
+
+_op = Op(
+    "causal_conv1d",
+    {"cuda": cuda, "chunked": chunked, "reference": reference},
+    outputs=2,
+    fake=_fake,
+    flops=_flops,
+)
 
 
 def causal_conv1d(

@@ -7,15 +7,21 @@ MATH.md beside this file.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mambakit.config import unknown
 from mambakit.ops.dispatch import Op
-from mambakit.ops.norm import chunked, reference
+from mambakit.ops.norm import chunked, reference, triton
 
 KINDS = ("rms", "layer")
 
-_op = Op("norm", {"chunked": chunked, "reference": reference}, flops=lambda x, *_: 4 * x.numel())
+_op = Op(
+    "norm",
+    {"triton": triton, "chunked": chunked, "reference": reference},
+    fake=lambda x, *_: [torch.empty_like(x, memory_format=torch.contiguous_format)],
+    flops=lambda x, *_: 4 * x.numel(),
+)
 
 
 def norm(

@@ -25,6 +25,14 @@ CHUNK = 64
 MOST_CHANNELS = 128
 MOST_STATES = 256
 PROGRAMS_PER_PROCESSOR = 2
+LAUNCH = {
+    "summarise": {"num_warps": 4, "num_stages": 1},
+    "forward": {"num_warps": 4, "num_stages": 2},
+    "states": {"num_warps": 4, "num_stages": 2},
+    "input_gradients": {"num_warps": 4, "num_stages": 1},
+    "matrix_gradients": {"num_warps": 4, "num_stages": 2},
+}
+"""Warps of a program and chunks in flight, by kernel."""
 _PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
 
@@ -121,7 +129,7 @@ class _Call:
             self.x, self.B, self.C, self.A, self.D, *decays, self.initial, y, final, local, passed,
             *_strides(self.x, self.B, self.C), *self._skip_strides(),
             self.length, self.h, self.per_group, segment, count, self.chunks,
-            Q=CHUNK, **self.sizes, **self.packed, **self.precision, num_warps=4, num_stages=2,
+            Q=CHUNK, **self.sizes, **self.packed, **self.precision, **LAUNCH["forward"],
         )  # fmt: skip
         return self._outputs(y, final, in_place)
 
@@ -152,7 +160,7 @@ class _Call:
             self.x, dy, self.B, self.C, steps, entry, end, total, self.initial, dfinal,
             entering, leaving, dinitial, local, passed, dlocal, dpassed, *strides,
             self.length, self.h, self.per_group, segment, count, self.chunks,
-            Q=CHUNK, **self.sizes, **self.precision, num_warps=4, num_stages=2,
+            Q=CHUNK, **self.sizes, **self.precision, **LAUNCH["states"],
         )  # fmt: skip
 
         wide = {"dtype": torch.float32, "device": self.device}
@@ -165,7 +173,7 @@ class _Call:
             self.x, dy, self.B, self.C, self.A, self.D, *decays, entering, leaving, dx, dsteps, dlogs, dD,
             *strides, *self._skip_strides(),
             self.length, self.h, self.groups, self.per_group, together, self.chunks,
-            Q=CHUNK, **self.sizes, **self.packed, **self.precision, num_warps=4, num_stages=2,
+            Q=CHUNK, **self.sizes, **self.packed, **self.precision, **LAUNCH["input_gradients"],
         )  # fmt: skip
         states_together = min(64, self.sizes["N"])
         state_parts = -(-self.n // states_together)
@@ -175,7 +183,7 @@ class _Call:
             self.x, dy, self.B, self.C, self.A, *decays[:4], decays[5], entering, leaving, dB, dC, *strides,
             self.batch, self.length, self.h, self.groups, self.per_group, together, self.chunks,
             Q=CHUNK, p=self.p, n=self.n, P=self.sizes["P"], S=states_together,
-            **self.packed, **self.precision, num_warps=4, num_stages=2,
+            **self.packed, **self.precision, **LAUNCH["matrix_gradients"],
         )  # fmt: skip
         dA, ddt_bias = (torch.empty(by_chunk, **wide) for _ in range(2))
         kernels.finish[self._step_grid()](
@@ -236,7 +244,7 @@ class _Call:
             u, v, steps, entry, end, total, local, passed, *_strides(u, v),
             self.length, self.h, self.per_group, segment, count, self.chunks,
             REVERSE=reverse, MONOTONE=self.monotone, **self.precision, Q=CHUNK, **self.sizes,
-            num_warps=4, num_stages=1,
+            **LAUNCH["summarise"],
         )  # fmt: skip
         return local, passed
 

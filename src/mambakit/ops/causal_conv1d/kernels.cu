@@ -1,0 +1,282 @@
+// The causal depthwise convolution on a GPU: every input read once from memory, every output written once.
+//
+// A thread owns CH neighbouring channels of a strip of TOKENS tokens and walks along it with the last W inputs in
+// registers; a warp covers 32 CH channels, a block STRIPS strips one after the other in time. The tokens before a
+// strip (and, in the backward pass, those after it) are read by two strips, mostly from cache.
+//
+// Settings of a compilation: IO (float, bf16, half), W taps, CH, ALIGNED (vector accesses are possible), PACKED
+// (seq_idx given), SILU, and one of the kernels' names.
+
+constexpr int THREADS = 256;
+constexpr int STRIPS = THREADS / 32;
+constexpr int TOKENS = 64;
+constexpr int AHEAD = 4;  // tokens read before the first of them is used
+
+struct Params {
+    const IO *x, *dy;                // (b, l, d) with strides in elements; the last axis is contiguous
+    IO *y, *dx;                      // contiguous
+    const float *weight, *bias;      // (d, W), (d)
+    const float *initial, *dfinal;   // (b, W - 1, d)
+    const int* seq_idx;              // (b, l)
+    float *final, *dinitial;         // (b, W - 1, d)
+    float *dweight, *dbias;          // by row and block of tokens: (b, blocks, d, W), (b, blocks, d)
+    int64 x_b, x_l, dy_b, dy_l;
+    int64 length, d, token_blocks, channel_blocks;
+};
+
+struct Values { float v[CH]; };
+struct alignas(sizeof(IO) * CH) Packed { IO v[CH]; };
+
+struct Place {
+    int64 row, block, start, stop, first;  // batch row, block of tokens, tokens of the strip, first channel
+    int count;                             // channels that exist
+
+    DEVICE explicit Place(const Params& p) {
+        int64 rest = blockIdx.x;
+        const int64 channels = rest % p.channel_blocks;
+        rest /= p.channel_blocks;
+        block = rest % p.token_blocks, row = rest / p.token_blocks;
+        first = (channels * 32 + threadIdx.x % 32) * CH;
+        const int64 left = p.d - first;
+        count = left < 0 ? 0 : left < CH ? (int)left : CH;
+        start = (block * STRIPS + threadIdx.x / 32) * TOKENS;
+        stop = start + TOKENS < p.length ? start + TOKENS : p.length;
+    }
+};
+
+DEVICE Values read(const IO* from, int count) {
+    Values values;
+    if constexpr (ALIGNED) {
+        const Packed packed = *(const Packed*)from;
+#pragma unroll
+        for (int c = 0; c < CH; c++) values.v[c] = load(packed.v[c]);
+    } else {
+#pragma unroll
+        for (int c = 0; c < CH; c++) values.v[c] = c < count ? load(from[c]) : 0.0f;
+    }
+    return values;
+}
+
+DEVICE void write(IO* to, const Values& values, int count) {
+    if constexpr (ALIGNED) {
+        Packed packed;
+#pragma unroll
+        for (int c = 0; c < CH; c++) store(&packed.v[c], values.v[c]);
+        *(Packed*)to = packed;
+    } else {
+#pragma unroll
+        for (int c = 0; c < CH; c++)
+            if (c < count) store(to + c, values.v[c]);
+    }
+}
+
+DEVICE Values read_floats(const float* from, int64 stride, int count) {
+    Values values;
+#pragma unroll
+    for (int c = 0; c < CH; c++) values.v[c] = from && c < count ? from[c * stride] : 0.0f;
+    return values;
+}
+
+DEVICE void write_floats(float* to, const Values& values, int count) {
+#pragma unroll
+    for (int c = 0; c < CH; c++)
+        if (c < count) to[c] = values.v[c];
+}
+
+// The last W - 1 inputs before the next token, oldest first, zero where they belong to another document than the
+// last of them; and how many tokens of this document there are among them.
+struct Window {
+    Values x[W];
+    int depth;
+
+    DEVICE void clear() {
+        depth = 0;
+#pragma unroll
+        for (int k = 0; k < W; k++) x[k] = Values{};
+    }
+    // Take in the next token's input; `fresh` where it begins a document.
+    DEVICE void push(const Values& next, bool fresh) {
+        if (PACKED && fresh) clear();
+#pragma unroll
+        for (int k = 0; k < W - 1; k++) x[k] = x[k + 1];
+        x[W - 1] = next;
+        depth = depth < W ? depth + 1 : W;
+    }
+};
+
+DEVICE bool begins(const Params& p, const Place& at, int64 token) {
+    if constexpr (!PACKED) return false;
+    return token > 0 && p.seq_idx[at.row * p.length + token] != p.seq_idx[at.row * p.length + token - 1];
+}
+
+DEVICE Values input(const Params& p, const Place& at, int64 token) {
+    return read(p.x + at.row * p.x_b + token * p.x_l + at.first, at.count);
+}
+
+// Fill a window with the W - 1 inputs before a token.
+DEVICE void fill(const Params& p, const Place& at, Window& window, int64 token) {
+    window.clear();
+#pragma unroll
+    for (int k = 1; k < W; k++) {
+        const int64 earlier = token - W + k;
+        if (earlier >= 0) {
+            window.push(input(p, at, earlier), begins(p, at, earlier));
+        } else {
+            const int64 state = (at.row * (W - 1) + earlier + W - 1) * p.d + at.first;
+            window.push(read_floats(p.initial ? p.initial + state : nullptr, 1, at.count), false);
+        }
+    }
+}
+
+// =========================================================================================================
+#ifdef KERNEL_forward
+
+KERNEL(forward, THREADS, 2) {
+    const Place at(p);
+    if (at.count == 0 || at.start >= at.stop) return;
+    Values weight[W];
+#pragma unroll
+    for (int k = 0; k < W; k++) weight[k] = read_floats(p.weight + at.first * W + k, W, at.count);
+    const Values bias = read_floats(p.bias ? p.bias + at.first : nullptr, 1, at.count);
+    Window window;
+    fill(p, at, window, at.start);
+    for (int64 t0 = at.start; t0 < at.stop; t0 += AHEAD) {
+        Values next[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            if (t0 + j < at.stop) next[j] = input(p, at, t0 + j);
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const int64 t = t0 + j;
+            if (t >= at.stop) break;
+            window.push(next[j], begins(p, at, t));
+            Values y = bias;
+#pragma unroll
+            for (int k = 0; k < W; k++)
+#pragma unroll
+                for (int c = 0; c < CH; c++) y.v[c] += weight[k].v[c] * window.x[k].v[c];
+            if constexpr (SILU) {
+#pragma unroll
+                for (int c = 0; c < CH; c++) y.v[c] *= sigmoid(y.v[c]);
+            }
+            write(p.y + (at.row * p.length + t) * p.d + at.first, y, at.count);
+        }
+    }
+    if (at.stop == p.length) {
+#pragma unroll
+        for (int k = 1; k < W; k++)
+            write_floats(p.final + (at.row * (W - 1) + k - 1) * p.d + at.first, window.x[k], at.count);
+    }
+}
+#endif
+
+// =========================================================================================================
+#ifdef KERNEL_backward
+
+// dx lags W - 1 tokens behind: pending[k] is the gradient so far of the input in the window's place k.
+KERNEL(backward, THREADS, 2) {
+    const Place at(p);
+    Values dweight[W], dbias{};
+#pragma unroll
+    for (int k = 0; k < W; k++) dweight[k] = Values{};
+    if (at.count > 0 && at.start < at.stop) {
+        Values weight[W], pending[W];
+#pragma unroll
+        for (int k = 0; k < W; k++) {
+            weight[k] = read_floats(p.weight + at.first * W + k, W, at.count);
+            pending[k] = Values{};
+        }
+        const Values bias = read_floats(p.bias ? p.bias + at.first : nullptr, 1, at.count);
+        Window window;
+        fill(p, at, window, at.start);
+        // An input that no later output of this strip can reach: to memory, if it is the strip's.
+        const auto retire = [&](int64 token, const Values& gradient) {
+            if (token >= at.start && token < at.stop) {
+                write(p.dx + (at.row * p.length + token) * p.d + at.first, gradient, at.count);
+            } else if (token < 0 && token > -W && at.start == 0 && p.dinitial) {
+                write_floats(p.dinitial + (at.row * (W - 1) + token + W - 1) * p.d + at.first, gradient, at.count);
+            }
+        };
+        const int64 reach = at.stop + W - 1 < p.length ? at.stop + W - 1 : p.length;
+        for (int64 t0 = at.start; t0 < reach; t0 += AHEAD) {
+            Values x[AHEAD], dy[AHEAD];
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                if (t0 + j >= reach) continue;
+                x[j] = input(p, at, t0 + j);
+                dy[j] = read(p.dy + at.row * p.dy_b + (t0 + j) * p.dy_l + at.first, at.count);
+            }
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                const int64 t = t0 + j;
+                if (t >= reach) break;
+                if (W > 1) retire(t - W, pending[0]);
+                window.push(x[j], begins(p, at, t));
+#pragma unroll
+                for (int k = 0; k < W - 1; k++) pending[k] = pending[k + 1];
+                pending[W - 1] = Values{};
+                Values g = dy[j];
+                if constexpr (SILU) {
+#pragma unroll
+                    for (int c = 0; c < CH; c++) {
+                        float u = bias.v[c];
+#pragma unroll
+                        for (int k = 0; k < W; k++) u += weight[k].v[c] * window.x[k].v[c];
+                        const float s = sigmoid(u);
+                        g.v[c] *= s * (1.0f + u * (1.0f - s));
+                    }
+                }
+#pragma unroll
+                for (int k = 0; k < W; k++) {
+                    const bool reached = !PACKED || W - k <= window.depth;
+#pragma unroll
+                    for (int c = 0; c < CH; c++) {
+                        if (reached) pending[k].v[c] += weight[k].v[c] * g.v[c];
+                        if (t < at.stop) dweight[k].v[c] += g.v[c] * window.x[k].v[c];
+                    }
+                }
+                if (t < at.stop) {
+#pragma unroll
+                    for (int c = 0; c < CH; c++) dbias.v[c] += g.v[c];
+                }
+                if (W == 1) retire(t, pending[0]);
+            }
+        }
+        if (W > 1) {
+            retire(reach - W, pending[0]);
+#pragma unroll
+            for (int k = 1; k < W; k++) {
+                // The final state is the window: its gradient reaches inputs of the last document.
+                if (reach == p.length && (!PACKED || W - k <= window.depth)) {
+                    const int64 state = (at.row * (W - 1) + k - 1) * p.d + at.first;
+                    const Values extra = read_floats(p.dfinal + state, 1, at.count);
+#pragma unroll
+                    for (int c = 0; c < CH; c++) pending[k].v[c] += extra.v[c];
+                }
+                retire(reach - W + k, pending[k]);
+            }
+        }
+    }
+
+    // Sum the block's strips.
+    float* sums = (float*)shared_memory;  // [STRIPS][W + 1][32 CH]
+    constexpr int WIDTH = 32 * CH;
+    const int lane = threadIdx.x % 32, strip = threadIdx.x / 32;
+#pragma unroll
+    for (int k = 0; k <= W; k++)
+#pragma unroll
+        for (int c = 0; c < CH; c++)
+            sums[(strip * (W + 1) + k) * WIDTH + lane * CH + c] = k < W ? dweight[k < W ? k : 0].v[c] : dbias.v[c];
+    block_barrier();
+    const int64 base = (blockIdx.x % p.channel_blocks) * WIDTH, outer = at.row * p.token_blocks + at.block;
+    for (int i = threadIdx.x; i < (W + 1) * WIDTH; i += THREADS) {
+        float sum = 0.0f;
+        for (int s = 0; s < STRIPS; s++) sum += sums[s * (W + 1) * WIDTH + i];
+        const int k = i / WIDTH;
+        const int64 channel = base + i % WIDTH;
+        if (channel >= p.d) continue;
+        if (k < W) p.dweight[(outer * p.d + channel) * W + k] = sum;
+        else p.dbias[outer * p.d + channel] = sum;
+    }
+}
+#endif
