@@ -42,7 +42,7 @@ class Run:
     @property
     def close(self):
         """How close two ways to compute the same must come in that type."""
-        return {"rtol": 1e-10, "atol": 1e-10} if not self.is_kernel else {"rtol": 2e-4, "atol": 2e-5}
+        return {"rtol": 1e-10, "atol": 1e-10} if not self.is_kernel else {"rtol": 5e-4, "atol": 1e-4}
 
     def __str__(self):
         return f"{self.case}-{self.backend}-{self.device}"

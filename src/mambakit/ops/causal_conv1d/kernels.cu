@@ -10,7 +10,7 @@
 constexpr int THREADS = 256;
 constexpr int STRIPS = THREADS / 32;
 constexpr int TOKENS = 64;
-constexpr int AHEAD = 4;  // tokens read before the first of them is used
+constexpr int AHEAD = 4;  // tokens on their way from memory while as many are computed
 
 struct Params {
     const IO *x, *dy;                // (b, l, d) with strides in elements; the last axis is contiguous
@@ -44,16 +44,19 @@ struct Place {
     }
 };
 
-DEVICE Values read(const IO* from, int count) {
+DEVICE Packed read(const IO* from, int count) {
+    if constexpr (ALIGNED) return *(const Packed*)from;
+    Packed packed{};
+#pragma unroll
+    for (int c = 0; c < CH; c++)
+        if (c < count) packed.v[c] = from[c];
+    return packed;
+}
+
+DEVICE Values unpack(const Packed& packed) {
     Values values;
-    if constexpr (ALIGNED) {
-        const Packed packed = *(const Packed*)from;
 #pragma unroll
-        for (int c = 0; c < CH; c++) values.v[c] = load(packed.v[c]);
-    } else {
-#pragma unroll
-        for (int c = 0; c < CH; c++) values.v[c] = c < count ? load(from[c]) : 0.0f;
-    }
+    for (int c = 0; c < CH; c++) values.v[c] = load(packed.v[c]);
     return values;
 }
 
@@ -109,7 +112,7 @@ DEVICE bool begins(const Params& p, const Place& at, int64 token) {
     return token > 0 && p.seq_idx[at.row * p.length + token] != p.seq_idx[at.row * p.length + token - 1];
 }
 
-DEVICE Values input(const Params& p, const Place& at, int64 token) {
+DEVICE Packed input(const Params& p, const Place& at, int64 token) {
     return read(p.x + at.row * p.x_b + token * p.x_l + at.first, at.count);
 }
 
@@ -120,7 +123,7 @@ DEVICE void fill(const Params& p, const Place& at, Window& window, int64 token) 
     for (int k = 1; k < W; k++) {
         const int64 earlier = token - W + k;
         if (earlier >= 0) {
-            window.push(input(p, at, earlier), begins(p, at, earlier));
+            window.push(unpack(input(p, at, earlier)), begins(p, at, earlier));
         } else {
             const int64 state = (at.row * (W - 1) + earlier + W - 1) * p.d + at.first;
             window.push(read_floats(p.initial ? p.initial + state : nullptr, 1, at.count), false);
@@ -131,7 +134,7 @@ DEVICE void fill(const Params& p, const Place& at, Window& window, int64 token) 
 // =========================================================================================================
 #ifdef KERNEL_forward
 
-KERNEL(forward, THREADS, 2) {
+KERNEL(forward, THREADS, 4) {
     const Place at(p);
     if (at.count == 0 || at.start >= at.stop) return;
     Values weight[W];
@@ -140,16 +143,22 @@ KERNEL(forward, THREADS, 2) {
     const Values bias = read_floats(p.bias ? p.bias + at.first : nullptr, 1, at.count);
     Window window;
     fill(p, at, window, at.start);
-    for (int64 t0 = at.start; t0 < at.stop; t0 += AHEAD) {
-        Values next[AHEAD];
+    Packed next[AHEAD];
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++)
-            if (t0 + j < at.stop) next[j] = input(p, at, t0 + j);
+    for (int j = 0; j < AHEAD; j++)
+        if (at.start + j < at.stop) next[j] = input(p, at, at.start + j);
+    for (int64 t0 = at.start; t0 < at.stop; t0 += AHEAD) {
+        Packed here[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            here[j] = next[j];
+            if (t0 + AHEAD + j < at.stop) next[j] = input(p, at, t0 + AHEAD + j);
+        }
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             const int64 t = t0 + j;
             if (t >= at.stop) break;
-            window.push(next[j], begins(p, at, t));
+            window.push(unpack(here[j]), begins(p, at, t));
             Values y = bias;
 #pragma unroll
             for (int k = 0; k < W; k++)
@@ -174,7 +183,7 @@ KERNEL(forward, THREADS, 2) {
 #ifdef KERNEL_backward
 
 // dx lags W - 1 tokens behind: pending[k] is the gradient so far of the input in the window's place k.
-KERNEL(backward, THREADS, 2) {
+KERNEL(backward, THREADS, 3) {
     const Place at(p);
     Values dweight[W], dbias{};
 #pragma unroll
@@ -198,24 +207,31 @@ KERNEL(backward, THREADS, 2) {
             }
         };
         const int64 reach = at.stop + W - 1 < p.length ? at.stop + W - 1 : p.length;
+        Packed next_x[AHEAD], next_dy[AHEAD];
+        const auto fetch = [&](int j, int64 token) {
+            if (token >= reach) return;
+            next_x[j] = input(p, at, token);
+            next_dy[j] = read(p.dy + at.row * p.dy_b + token * p.dy_l + at.first, at.count);
+        };
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) fetch(j, at.start + j);
         for (int64 t0 = at.start; t0 < reach; t0 += AHEAD) {
-            Values x[AHEAD], dy[AHEAD];
+            Packed x[AHEAD], dy[AHEAD];
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
-                if (t0 + j >= reach) continue;
-                x[j] = input(p, at, t0 + j);
-                dy[j] = read(p.dy + at.row * p.dy_b + (t0 + j) * p.dy_l + at.first, at.count);
+                x[j] = next_x[j], dy[j] = next_dy[j];
+                fetch(j, t0 + AHEAD + j);
             }
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
                 const int64 t = t0 + j;
                 if (t >= reach) break;
                 if (W > 1) retire(t - W, pending[0]);
-                window.push(x[j], begins(p, at, t));
+                window.push(unpack(x[j]), begins(p, at, t));
 #pragma unroll
                 for (int k = 0; k < W - 1; k++) pending[k] = pending[k + 1];
                 pending[W - 1] = Values{};
-                Values g = dy[j];
+                Values g = unpack(dy[j]);
                 if constexpr (SILU) {
 #pragma unroll
                     for (int c = 0; c < CH; c++) {

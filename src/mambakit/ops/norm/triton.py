@@ -18,8 +18,10 @@ device = "cuda"
 dtypes = (torch.float32, torch.bfloat16, torch.float16)
 MOST_CHANNELS = 16384
 """Of a group, whose row has to stay in the registers of one program."""
-ELEMENTS = 4096
-"""Of a program's rows together."""
+ELEMENTS = 1024
+"""Least of a program's rows together."""
+PER_THREAD = 8
+"""Elements of a thread: the backward pass holds ten numbers for each."""
 
 kernels = triton_utils.Kernels("mambakit.ops.norm.triton_kernels")
 
@@ -116,12 +118,13 @@ def _layout(
     flat, gate = _flat(x), None if z is None else _flat(z)
     size = triton_utils.block(group_size, least=1)
     sizes = {"rows": flat.shape[0], "d": x.shape[-1], "size": group_size, "eps": eps}
+    together = max(1, min(16, ELEMENTS // size))
     settings = {
-        "R": max(1, min(16, ELEMENTS // size)),
+        "R": together,
         "SIZE": size,
         "LAYER": kind == "layer",
         "GATE_LAST": norm_before_gate,
-        "num_warps": 4 if size <= 2048 else 8 if size <= 8192 else 16,
+        "num_warps": max(1, min(16, together * size // (32 * PER_THREAD))),
     }
     return flat, gate, sizes, settings
 

@@ -20,8 +20,9 @@ from mambakit.ops.operands import common_type, rows, scalars
 device = "cuda"
 dtypes = (torch.float32, torch.bfloat16, torch.float16)
 MOST_STATES = 256
-THREADS = 256
-BLOCKS_PER_PROCESSOR = {"forward": 4, "backward": 2}
+THREADS = 128
+CHANNELS_PER_THREAD = 2
+BLOCKS_PER_PROCESSOR = {"forward": 6, "backward": 2}
 
 _POINTERS = """
     x dt z dy B C y dx ddt dz A D dt_bias initial dfinal seq_idx final checkpoints local passed
@@ -84,7 +85,7 @@ def forward(*inputs: Tensor | bool | None) -> tuple[tuple[Tensor, Tensor], list[
 def saved_like(*inputs: Tensor | bool | None) -> list[Tensor]:
     """The states at every tile's start, unfilled."""
     x, A = inputs[0], inputs[2]
-    tiles = -(-x.shape[1] // _tile(A.shape[1]))
+    tiles = -(-x.shape[1] // _checkpoint(A.shape[1]))
     return [x.new_empty(x.shape[0], tiles, *A.shape, dtype=torch.float32)]
 
 
@@ -128,7 +129,7 @@ class _Call:
         self.softplus, self.device = dt_softplus, x.device
         self.checkpoints: Tensor | None = None
         self.per_state, self.lanes = _division(self.n)
-        self.channels = THREADS // self.lanes  # of a block
+        self.channels = THREADS // self.lanes * CHANNELS_PER_THREAD  # of a block
         self.channel_blocks = -(-self.d // self.groups // self.channels)  # of a group
 
     def forward(self, in_place: bool = False) -> tuple[Tensor, Tensor]:
@@ -141,7 +142,7 @@ class _Call:
         if count > 1 and final is self.initial:
             final = torch.empty_like(final)  # other blocks still read the initial state
         params.final = final.data_ptr()
-        self._launch("forward", params, self._shared(2 + (self.z is not None)))
+        self._launch("forward", params, self._shared(2 + (self.z is not None), _tile(self.n)))
         del summaries
         return self._outputs(y, final, in_place)
 
@@ -178,11 +179,11 @@ class _Call:
         ):  # fmt: skip
             setattr(params, name, cuda.address(tensor))
 
-        streams, padded = 3 + (self.z is not None), self.per_state * self.lanes
-        tile = _tile(self.n)
-        extra = 4 * tile * (self.channels + 8) * (1 + (self.z is not None))  # gy, ys
-        extra += 4 * (tile // 8) * THREADS * self.per_state + 4 * (THREADS // 32) * 8 * 2 * padded
-        self._launch("backward", params, self._shared(streams) + extra)
+        tile, padded = _checkpoint(self.n), self.per_state * self.lanes
+        extra = 4 * tile * (self.channels + 4)  # gy
+        extra += 4 * (tile // 8) * CHANNELS_PER_THREAD * THREADS * self.per_state  # starts
+        extra += 4 * (THREADS // 32) * 8 * 2 * padded  # slots
+        self._launch("backward", params, self._shared(3 + (self.z is not None), tile) + extra)
         del summaries
         found = {
             "x": dx, "dt": ddt, "z": dz, "A": dA.sum(0), "B": dB.sum(0), "C": dC.sum(0), "D": dD.sum(0),
@@ -194,7 +195,7 @@ class _Call:
         }
 
     def new_checkpoints(self) -> Tensor:
-        tiles = -(-self.length // _tile(self.n))
+        tiles = -(-self.length // _checkpoint(self.n))
         return torch.empty(self.batch, tiles, self.d, self.n, dtype=torch.float32, device=self.device)
 
     def _final(self, in_place: bool) -> Tensor:
@@ -211,7 +212,7 @@ class _Call:
     def _segments(self, kernel: str) -> tuple[int, int]:
         slots = cuda.processors(self.device) * BLOCKS_PER_PROCESSOR[kernel]
         blocks = self.batch * self.groups * self.channel_blocks
-        return segments.division(self.length, _tile(self.n), blocks, slots)
+        return segments.division(self.length, _checkpoint(self.n), blocks, slots)
 
     def _summarise(self, kernel: str, params: _Params) -> tuple[Tensor, Tensor] | None:
         """Each segment's own state and decay, for the blocks of the segments beyond it."""
@@ -220,7 +221,8 @@ class _Call:
         shape = (2, self.batch, params.segments, self.d, self.n)
         local, passed = torch.empty(shape, dtype=torch.float32, device=self.device)
         params.local, params.passed = local.data_ptr(), passed.data_ptr()
-        self._launch(kernel, params, self._shared(0))
+        streams = 2 + (self.z is not None and kernel == "summarise_backward")
+        self._launch(kernel, params, self._shared(streams, _tile(self.n)))
         return local, passed
 
     def _params(self, segment: int, segments: int, dy: Tensor | None = None) -> _Params:
@@ -257,11 +259,12 @@ class _Call:
             name, settings, params, blocks=blocks, threads=THREADS, shared=shared, device=self.device
         )
 
-    def _shared(self, streams: int) -> int:
-        """Bytes of shared memory: staged tiles, twice, and `Tile` (see kernels.cu)."""
-        tile, padded, size = _tile(self.n), self.per_state * self.lanes, self.x.element_size()
-        staged = 2 * size * tile * (streams * self.channels + 2 * padded) if streams else 0
-        return staged + tile * (8 * (self.channels + 8) + 8 * padded + 4) + 8 * self.channels
+    def _shared(self, streams: int, tile: int) -> int:
+        """Bytes of shared memory: tiles staged twice, and `Tile` (see kernels.cu)."""
+        padded, size = self.per_state * self.lanes, self.x.element_size()
+        staged = 2 * tile * (streams * (self.channels * size + 32) + 2 * padded * size)
+        row = 8 * (self.channels + 2) + 4 * (self.channels + 4) + 8 * padded + 4
+        return staged + tile * row + 8 * self.channels
 
 
 def _division(n: int) -> tuple[int, int]:
@@ -272,6 +275,10 @@ def _division(n: int) -> tuple[int, int]:
 
 
 def _tile(n: int) -> int:
-    """Tokens of a tile."""
-    lanes = _division(n)[1]
-    return 8 * lanes if lanes <= 4 else 32
+    """Tokens of a tile of the forward pass."""
+    return min(4 * _division(n)[1], 32)
+
+
+def _checkpoint(n: int) -> int:
+    """Tokens between saved states, and of a tile of the backward pass."""
+    return min(8 * _division(n)[1], 32)

@@ -1,14 +1,16 @@
 // The selective scan on a GPU: forward and backward in one pass over their inputs each.
 //
-// LANES neighbouring threads share a channel, each with NPT of its states in registers; a block owns CHANNELS
+// LANES neighbouring threads share CPT channels, each with NPT of their states in registers; a block owns CHANNELS
 // channels of one row and walks through the tokens of its segment in tiles of T. A tile is brought to shared
 // memory ahead of time (copies that pass no register), converted once per element to (step size, step size x
-// input), and scanned token by token; sums over states and channels cross lanes by halving (sum_lanes).
+// input), and scanned token by token; sums over states and channels cross lanes by halving (sum_lanes). Two
+// limits meet here: the exponential unit, which no arrangement relieves, and shared memory, whose 128 bytes per
+// cycle are why a thread reads B and C for several channels and why rows are padded to start in other banks.
 //
 // Where rows x channels fill no GPU, time is split into segments. `summarise` gives each segment's own final
 // state and total decay, and every block then folds those before its own. It walks a segment from its end and
-// stops where all decays since have fallen below float's smallest number, so that it mostly reads a fraction of
-// the tokens. The backward pass does the same from the other side.
+// stops where all that lies further back has decayed to nothing, so that it mostly reads a fraction of the
+// tokens. The backward pass does the same from the other side.
 //
 // The backward pass recomputes states from one checkpoint per tile, SUB tokens at a time: those states and their
 // decays stay in registers until the gradient has come back through them.
@@ -16,16 +18,24 @@
 // Settings of a compilation: IO (float, bf16, half), NPT, LANES, ALIGNED and ALIGNED_BC (16-byte accesses are
 // possible), PACKED (seq_idx given), GATED (z given), SOFTPLUS, and one of the kernels' names.
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / 32;
-constexpr int CHANNELS = THREADS / LANES;
-constexpr int NP = LANES * NPT;                   // states of a channel, padded
-constexpr int T = LANES <= 4 ? 8 * LANES : 32;    // tokens of a tile
-constexpr int SUB = 8;                            // tokens whose states the backward pass holds at once
-constexpr int PITCH = CHANNELS + 8;               // row of a tile of floats: rows start in different banks
-constexpr int TILE = T * CHANNELS;
+constexpr int CPT = 2;                                           // channels of a thread
+constexpr int CHANNELS = THREADS / LANES * CPT;
+constexpr int NP = LANES * NPT;                                  // states of a channel, padded
+constexpr int CHECKPOINT = LANES <= 4 ? 8 * LANES : 32;          // tokens between saved states
+constexpr int SUB = 8;                                           // tokens whose states backward holds at once
 constexpr bool EXACT = sizeof(IO) == 4;
-constexpr float GONE = -150.0f;                   // 2 to this power is zero in float
+constexpr float GONE = -40.0f;                                   // 2 to this power counts as nothing
+#if defined(KERNEL_backward)
+constexpr int T = CHECKPOINT;                                    // tokens of a tile
+#else
+constexpr int T = LANES <= 8 ? 4 * LANES : 32;
+#endif
+constexpr int RAW = CHANNELS + 32 / sizeof(IO);                  // rows of staged, of pairs and of floats: padded,
+constexpr int PITCH = CHANNELS + 2;                              // so that rows start in different banks
+constexpr int ROW = CHANNELS + 4;
+constexpr int TILE = T * RAW;
 
 struct Params {
     // Activations (b, l, d) and (b, l, g, n), with strides in elements; the last axis is contiguous.
@@ -49,8 +59,7 @@ typedef Floats<NPT> States;
 struct Place {
     int64 row, segment, start, stop;              // batch row, segment, its tokens
     int group, block, first, columns;             // group, block in the group, first channel, channels
-    int lane, q, c;                               // lane of the warp, lane of the channel, channel of the block
-    bool owns;                                    // whether the thread's channel exists
+    int lane, q, c;                               // lane of the warp, lane of the channels, first of the channels
 
     DEVICE explicit Place(const Params& p) {
         const int per_group = (int)(p.d / p.groups), blocks = (per_group + CHANNELS - 1) / CHANNELS;
@@ -62,67 +71,87 @@ struct Place {
         columns = per_group - block * CHANNELS < CHANNELS ? per_group - block * CHANNELS : CHANNELS;
         start = segment * p.segment;
         stop = start + p.segment < p.length ? start + p.segment : p.length;
-        lane = threadIdx.x % 32, q = threadIdx.x % LANES, c = threadIdx.x / LANES;
-        owns = c < columns;
+        lane = threadIdx.x % 32, q = threadIdx.x % LANES;
+        c = threadIdx.x / LANES * CPT;
     }
-    DEVICE int64 states(const Params& p, int64 outer) const {  // offset of the thread's states in (outer, d, n)
-        return (outer * p.d + first + c) * p.n + q * NPT;
+    DEVICE bool owns(int k) const { return c + k < columns; }  // whether the thread's channel k exists
+    DEVICE int64 states(const Params& p, int64 outer, int k) const {  // offset of its states in (outer, d, n)
+        return (outer * p.d + first + c + k) * p.n + q * NPT;
     }
     DEVICE const IO* at(const IO* base, int64 by_row, int64 by_token, int64 token) const {
         return base + row * by_row + token * by_token;
     }
 };
 
-DEVICE States load_states(const Params& p, const Place& at, const float* from, int64 outer) {
-    States s;
+DEVICE void load_states(States (&to)[CPT], const Params& p, const Place& at, const float* from, int64 outer) {
 #pragma unroll
-    for (int i = 0; i < NPT; i++)
-        s.v[i] = from && at.owns && at.q * NPT + i < p.n ? from[at.states(p, outer) + i] : 0.0f;
-    return s;
+    for (int k = 0; k < CPT; k++)
+#pragma unroll
+        for (int i = 0; i < NPT; i++)
+            to[k].v[i] = from && at.owns(k) && at.q * NPT + i < p.n ? from[at.states(p, outer, k) + i] : 0.0f;
 }
 
-DEVICE void store_states(const Params& p, const Place& at, float* to, int64 outer, const States& s) {
-    if (!to || !at.owns) return;
+DEVICE void store_states(const Params& p, const Place& at, float* to, int64 outer, const States (&s)[CPT]) {
 #pragma unroll
-    for (int i = 0; i < NPT; i++)
-        if (at.q * NPT + i < p.n) to[at.states(p, outer) + i] = s.v[i];
+    for (int k = 0; k < CPT; k++)
+#pragma unroll
+        for (int i = 0; i < NPT; i++)
+            if (to && at.owns(k) && at.q * NPT + i < p.n) to[at.states(p, outer, k) + i] = s[k].v[i];
 }
 
 // Decay rates in powers of two per unit of time.
-DEVICE States load_rates(const Params& p, const Place& at) {
-    States rates = load_states(p, at, p.A, 0);
+DEVICE void load_rates(States (&rates)[CPT], const Params& p, const Place& at) {
+    load_states(rates, p, at, p.A, 0);
 #pragma unroll
-    for (int i = 0; i < NPT; i++) rates.v[i] *= LOG2E;
-    return rates;
+    for (int k = 0; k < CPT; k++)
+#pragma unroll
+        for (int i = 0; i < NPT; i++) rates[k].v[i] *= LOG2E;
 }
 
 // The state (or gradient) that enters a segment: fold the summaries from `begin` towards `end`.
-DEVICE States fold(const Params& p, const Place& at, States s, int64 begin, int64 end, int step) {
+DEVICE void fold(States (&s)[CPT], const Params& p, const Place& at, int64 begin, int64 end, int step) {
     for (int64 j = begin; j != end; j += step) {
-        const States own = load_states(p, at, p.local, at.row * p.segments + j);
-        const States decay = load_states(p, at, p.passed, at.row * p.segments + j);
+        States own[CPT], decay[CPT];
+        load_states(own, p, at, p.local, at.row * p.segments + j);
+        load_states(decay, p, at, p.passed, at.row * p.segments + j);
 #pragma unroll
-        for (int i = 0; i < NPT; i++) s.v[i] = decay.v[i] == 0.0f ? own.v[i] : decay.v[i] * s.v[i] + own.v[i];
+        for (int k = 0; k < CPT; k++)
+#pragma unroll
+            for (int i = 0; i < NPT; i++)
+                s[k].v[i] = decay[k].v[i] == 0.0f ? own[k].v[i] : decay[k].v[i] * s[k].v[i] + own[k].v[i];
     }
-    return s;
 }
 
-// Bring `rows` rows of `columns` <= ROW elements to shared memory; complete after copies_wait and a barrier.
-template <int ROW, bool VECTORS>
+// Bring `rows` rows of `columns` <= WIDTH elements to shared memory, PITCHED apart there; complete after
+// copies_wait and a barrier.
+template <int WIDTH, int PITCHED, bool VECTORS>
 DEVICE void stage(IO* to, const IO* from, int64 stride, int rows, int columns) {
-    constexpr int STEP = 16 / sizeof(IO), CHUNKS = ROW / STEP > 0 ? ROW / STEP : 1;
-    if constexpr (VECTORS && ROW % STEP == 0) {
+    constexpr int STEP = 16 / sizeof(IO), CHUNKS = WIDTH / STEP > 0 ? WIDTH / STEP : 1;
+    if constexpr (VECTORS && WIDTH % STEP == 0) {
         for (int i = threadIdx.x; i < rows * CHUNKS; i += THREADS) {
             const int row = i / CHUNKS, column = i % CHUNKS * STEP;
-            if (column < columns) copy16_async(to + row * ROW + column, from + row * stride + column);
+            if (column < columns) copy16_async(to + row * PITCHED + column, from + row * stride + column);
         }
     } else {
-        for (int i = threadIdx.x; i < rows * ROW; i += THREADS) {
-            const int row = i / ROW, column = i % ROW;
-            if (column < columns) to[i] = from[row * stride + column];
+        for (int i = threadIdx.x; i < rows * WIDTH; i += THREADS) {
+            const int row = i / WIDTH, column = i % WIDTH;
+            if (column < columns) to[row * PITCHED + column] = from[row * stride + column];
         }
     }
 }
+
+// The i-th eight elements of a tile. Neighbouring threads take two eights of a row, then the next row, so that
+// they meet different banks in all of the tile's layouts.
+struct Eight {
+    int t, k;
+    DEVICE explicit Eight(int i) {
+        constexpr int TWO = CHANNELS >= 16 ? 2 : 1;
+        t = i / TWO % T, k = (i % TWO + i / (TWO * T) * TWO) * 8;
+    }
+    DEVICE IO* in(IO* raw) const { return raw + t * RAW + k; }
+    DEVICE const IO* in(const IO* raw) const { return raw + t * RAW + k; }
+};
+constexpr int EIGHTS = T * CHANNELS / 8;
 
 // Eight elements of a tile, of which the first `count` exist in global memory.
 DEVICE void write8(IO* to, const float (&values)[8], int count) {
@@ -148,18 +177,20 @@ DEVICE int begins(const Params& p, const Place& at, int64 token) {
 // Shared memory after the staged tiles: per token and channel a pair, B and C, and small vectors.
 struct Tile {
     Pair* pairs;       // [T][PITCH]: (step size, step size x input)
+    float* ys;         // [T][ROW]: <h, C>
     float* BC;         // [T][2][NP]
     int* fresh;        // [T]: begins a document
     float *skip, *bias;  // [CHANNELS]
 
     DEVICE explicit Tile(unsigned char* memory) {
         pairs = (Pair*)memory;
-        BC = (float*)(pairs + T * PITCH);
+        ys = (float*)(pairs + T * PITCH);
+        BC = ys + T * ROW;
         fresh = (int*)(BC + T * 2 * NP);
         skip = (float*)(fresh + T);
         bias = skip + CHANNELS;
     }
-    static constexpr int BYTES = T * PITCH * 8 + T * 2 * NP * 4 + T * 4 + 2 * CHANNELS * 4;
+    static constexpr int BYTES = T * (8 * PITCH + 4 * ROW + 8 * NP + 4) + 8 * CHANNELS;
 
     DEVICE void constants(const Params& p, const Place& at) {
         for (int c = threadIdx.x; c < at.columns; c += THREADS) {
@@ -181,34 +212,43 @@ struct Tile {
 
 DEVICE States read_states(const float* from) { return *(const States*)from; }
 
+// What the scans read of a token: a pair for each of the thread's channels.
+struct alignas(CPT * 8) Pairs { Pair v[CPT]; };
+struct alignas(CPT * 4) Numbers { float v[CPT]; };
+DEVICE Pairs read_pairs(const Tile& tile, const Place& at, int t) { return *(const Pairs*)(tile.pairs + t * PITCH + at.c); }
+
 // =========================================================================================================
 #ifdef KERNEL_forward
 
 constexpr int STREAMS = 2 + GATED;
+constexpr int UNROLL = LANES < 4 ? 4 : LANES;
 
-KERNEL(forward, THREADS, 4) {
+KERNEL(forward, THREADS, 6) {
     const Place at(p);
-    IO* raw = (IO*)shared_memory;                        // [2][x, dt, (z)][T][CHANNELS]
+    IO* raw = (IO*)shared_memory;                        // [2][x, dt, (z)][T][RAW]
     IO* raw_BC = raw + 2 * STREAMS * TILE;               // [2][B, C][T][NP]
     Tile tile((unsigned char*)(raw_BC + 2 * 2 * T * NP));
     tile.constants(p, at);
-    const States rates = load_rates(p, at);
-    States h = fold(p, at, load_states(p, at, p.initial, at.row), 0, at.segment, 1);
+    States rates[CPT], h[CPT];
+    load_rates(rates, p, at);
+    load_states(h, p, at, p.initial, at.row);
+    fold(h, p, at, 0, at.segment, 1);
 
     const auto fetch = [&](int64 begin, int stage_number) {
         const int valid = (int)(at.stop - begin < T ? at.stop - begin : T);
         IO* to = raw + stage_number * STREAMS * TILE;
         IO* to_BC = raw_BC + stage_number * 2 * T * NP;
-        stage<CHANNELS, ALIGNED>(to, at.at(p.x, p.x_b, p.x_l, begin) + at.first, p.x_l, valid, at.columns);
-        stage<CHANNELS, ALIGNED>(to + TILE, at.at(p.dt, p.dt_b, p.dt_l, begin) + at.first, p.dt_l, valid, at.columns);
+        stage<CHANNELS, RAW, ALIGNED>(to, at.at(p.x, p.x_b, p.x_l, begin) + at.first, p.x_l, valid, at.columns);
+        stage<CHANNELS, RAW, ALIGNED>(to + TILE, at.at(p.dt, p.dt_b, p.dt_l, begin) + at.first, p.dt_l, valid, at.columns);
         if constexpr (GATED)
-            stage<CHANNELS, ALIGNED>(to + 2 * TILE, at.at(p.z, p.z_b, p.z_l, begin) + at.first, p.z_l, valid, at.columns);
-        stage<NP, ALIGNED_BC>(to_BC, at.at(p.B, p.B_b, p.B_l, begin) + at.group * p.B_g, p.B_l, valid, (int)p.n);
-        stage<NP, ALIGNED_BC>(to_BC + T * NP, at.at(p.C, p.C_b, p.C_l, begin) + at.group * p.C_g, p.C_l, valid, (int)p.n);
+            stage<CHANNELS, RAW, ALIGNED>(to + 2 * TILE, at.at(p.z, p.z_b, p.z_l, begin) + at.first, p.z_l, valid, at.columns);
+        stage<NP, NP, ALIGNED_BC>(to_BC, at.at(p.B, p.B_b, p.B_l, begin) + at.group * p.B_g, p.B_l, valid, (int)p.n);
+        stage<NP, NP, ALIGNED_BC>(to_BC + T * NP, at.at(p.C, p.C_b, p.C_l, begin) + at.group * p.C_g, p.C_l, valid, (int)p.n);
         copies_commit();
     };
     fetch(at.start, 0);
     int now = 0;
+#pragma unroll 1
     for (int64 begin = at.start; begin < at.stop; begin += T, now ^= 1) {
         const int valid = (int)(at.stop - begin < T ? at.stop - begin : T);
         copies_wait<0>();
@@ -216,66 +256,75 @@ KERNEL(forward, THREADS, 4) {
         if (begin + T < at.stop) fetch(begin + T, now ^ 1);
         const IO* x_raw = raw + now * STREAMS * TILE;
         const IO* BC_raw = raw_BC + now * 2 * T * NP;
-        if (p.checkpoints) {
-            const int64 tiles = (p.length + T - 1) / T;
-            store_states(p, at, p.checkpoints, at.row * tiles + begin / T, h);
+        if (p.checkpoints && begin % CHECKPOINT == 0) {
+            const int64 checkpoints = (p.length + CHECKPOINT - 1) / CHECKPOINT;
+            store_states(p, at, p.checkpoints, at.row * checkpoints + begin / CHECKPOINT, h);
         }
 
-        for (int i = threadIdx.x; i < TILE / 8; i += THREADS) {
-            const int t = i / (CHANNELS / 8), k = i % (CHANNELS / 8) * 8;
+        for (int i = threadIdx.x; i < EIGHTS; i += THREADS) {
+            const Eight e(i);
             float x[8], dt[8];
-            load8(x, x_raw + t * CHANNELS + k);
-            load8(dt, x_raw + TILE + t * CHANNELS + k);
+            load8(x, e.in(x_raw));
+            load8(dt, e.in(x_raw + TILE));
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const bool exists = t < valid && k + j < at.columns;
-                const float step = exists ? step_size(dt[j] + tile.bias[k + j]) : 0.0f;
-                tile.pairs[t * PITCH + k + j] = Pair{step, exists ? step * x[j] : 0.0f};
+                const bool exists = e.t < valid && e.k + j < at.columns;
+                const float step = exists ? step_size(dt[j] + tile.bias[e.k + j]) : 0.0f;
+                tile.pairs[e.t * PITCH + e.k + j] = Pair{step, exists ? step * x[j] : 0.0f};
             }
         }
         tile.tokens(p, at, begin, valid, [&](int which, int t, int state) { return BC_raw[(which * T + t) * NP + state]; });
         block_barrier();
 
 #pragma unroll 1
-        for (int t0 = 0; t0 < T; t0 += LANES < 4 ? 4 : LANES) {
+        for (int t0 = 0; t0 < T; t0 += UNROLL) {
 #pragma unroll
-            for (int t1 = 0; t1 < (LANES < 4 ? 4 : LANES); t1 += LANES) {
-                float sums[LANES];
+            for (int t1 = 0; t1 < UNROLL; t1 += LANES) {
+                float sums[CPT][LANES];
 #pragma unroll
                 for (int j = 0; j < LANES; j++) {
                     const int t = t0 + t1 + j;
-                    const Pair in = tile.pairs[t * PITCH + at.c];
+                    const Pairs in = read_pairs(tile, at, t);
                     const States B = read_states(tile.BC + t * 2 * NP + at.q * NPT);
                     const States C = read_states(tile.BC + t * 2 * NP + NP + at.q * NPT);
                     const bool fresh = PACKED && tile.fresh[t];
-                    float sum = 0.0f;
 #pragma unroll
-                    for (int i = 0; i < NPT; i++) {
-                        const float before = fresh ? 0.0f : h.v[i];
-                        h.v[i] = exp2_fast(in.a * rates.v[i]) * before + in.b * B.v[i];
-                        sum += h.v[i] * C.v[i];
+                    for (int k = 0; k < CPT; k++) {
+                        float sum = 0.0f;
+#pragma unroll
+                        for (int i = 0; i < NPT; i++) {
+                            const float before = fresh ? 0.0f : h[k].v[i];
+                            h[k].v[i] = exp2_fast(in.v[k].a * rates[k].v[i]) * before + in.v[k].b * B.v[i];
+                            sum += h[k].v[i] * C.v[i];
+                        }
+                        sums[k][j] = sum;
                     }
-                    sums[j] = sum;
                 }
-                const int own = sum_lanes<LANES, 1, LANES>(sums, at.lane);
-                tile.pairs[(t0 + t1 + own) * PITCH + at.c].a = sums[0];  // read by all lanes of the channel already
+                Numbers y;
+                int own = 0;
+#pragma unroll
+                for (int k = 0; k < CPT; k++) {
+                    own = sum_lanes<LANES, 1, LANES>(sums[k], at.lane);
+                    y.v[k] = sums[k][0];
+                }
+                *(Numbers*)(tile.ys + (t0 + t1 + own) * ROW + at.c) = y;
             }
         }
         block_barrier();
 
-        for (int i = threadIdx.x; i < TILE / 8; i += THREADS) {
-            const int t = i / (CHANNELS / 8), k = i % (CHANNELS / 8) * 8;
-            if (t >= valid || k >= at.columns) continue;
+        for (int i = threadIdx.x; i < EIGHTS; i += THREADS) {
+            const Eight e(i);
+            if (e.t >= valid || e.k >= at.columns) continue;
             float x[8], z[8], y[8];
-            load8(x, x_raw + t * CHANNELS + k);
-            if constexpr (GATED) load8(z, x_raw + 2 * TILE + t * CHANNELS + k);
+            load8(x, e.in(x_raw));
+            load8(y, tile.ys + e.t * ROW + e.k);
+            if constexpr (GATED) load8(z, e.in(x_raw + 2 * TILE));
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                y[j] = tile.pairs[t * PITCH + k + j].a;
-                if (k + j < at.columns) y[j] += tile.skip[k + j] * x[j];
+                if (e.k + j < at.columns) y[j] += tile.skip[e.k + j] * x[j];
                 if constexpr (GATED) y[j] *= z[j] * sigmoid(z[j]);
             }
-            write8(p.y + (at.row * p.length + begin + t) * p.d + at.first + k, y, at.columns - k);
+            write8(p.y + (at.row * p.length + begin + e.t) * p.d + at.first + e.k, y, at.columns - e.k);
         }
     }
     if (at.segment == p.segments - 1) store_states(p, at, p.final, at.row, h);
@@ -294,55 +343,82 @@ constexpr bool FORWARD = false;
 #define SUMMARISE summarise_backward
 #endif
 
-KERNEL(SUMMARISE, THREADS, 4) {
+KERNEL(SUMMARISE, THREADS, 6) {
     const Place at(p);
-    Tile tile(shared_memory);
+    constexpr int STREAMS = FORWARD ? 2 : 2 + GATED;     // dt, and x or dy, z
+    IO* raw = (IO*)shared_memory;                        // [2][STREAMS][T][RAW]
+    IO* raw_BC = raw + 2 * STREAMS * TILE;               // [2][B or C][T][NP]
+    Tile tile((unsigned char*)(raw_BC + 2 * 2 * T * NP));
     tile.constants(p, at);
-    const States rates = load_rates(p, at);
-    States own{};
-    float since = 0.0f;  // time between the tokens seen and the border that matters
+    States rates[CPT], own[CPT]{};
+    load_rates(rates, p, at);
+    float since[CPT]{};  // time between the tokens seen and the border that matters
     bool cut = false;    // a document border lies between
     const int64 tiles = (at.stop - at.start + T - 1) / T;
-    for (int64 number = 0; number < tiles; number++) {
-        const int64 begin = at.start + (FORWARD ? tiles - 1 - number : number) * T;
+    const auto first_token = [&](int64 number) { return at.start + (FORWARD ? tiles - 1 - number : number) * T; };
+    const auto fetch = [&](int64 number, int stage_number) {
+        const int64 begin = first_token(number);
         const int valid = (int)(at.stop - begin < T ? at.stop - begin : T);
+        IO* to = raw + stage_number * STREAMS * TILE;
+        IO* to_BC = raw_BC + stage_number * 2 * T * NP + (FORWARD ? 0 : T * NP);
+        stage<CHANNELS, RAW, ALIGNED>(to, at.at(p.dt, p.dt_b, p.dt_l, begin) + at.first, p.dt_l, valid, at.columns);
+        if constexpr (FORWARD) {
+            stage<CHANNELS, RAW, ALIGNED>(to + TILE, at.at(p.x, p.x_b, p.x_l, begin) + at.first, p.x_l, valid, at.columns);
+            stage<NP, NP, ALIGNED_BC>(to_BC, at.at(p.B, p.B_b, p.B_l, begin) + at.group * p.B_g, p.B_l, valid, (int)p.n);
+        } else {
+            stage<CHANNELS, RAW, ALIGNED>(to + TILE, at.at(p.dy, p.dy_b, p.dy_l, begin) + at.first, p.dy_l, valid, at.columns);
+            if constexpr (GATED)
+                stage<CHANNELS, RAW, ALIGNED>(to + 2 * TILE, at.at(p.z, p.z_b, p.z_l, begin) + at.first, p.z_l, valid, at.columns);
+            stage<NP, NP, ALIGNED_BC>(to_BC, at.at(p.C, p.C_b, p.C_l, begin) + at.group * p.C_g, p.C_l, valid, (int)p.n);
+        }
+        copies_commit();
+    };
+    fetch(0, 0);
+    int now = 0;
+#pragma unroll 1
+    for (int64 number = 0; number < tiles; number++, now ^= 1) {
+        const int64 begin = first_token(number);
+        const int valid = (int)(at.stop - begin < T ? at.stop - begin : T);
+        copies_wait<0>();
         block_barrier();
-        for (int i = threadIdx.x; i < TILE; i += THREADS) {
-            const int t = i / CHANNELS, k = i % CHANNELS;
-            Pair pair{0.0f, 0.0f};
-            if (t < valid && k < at.columns) {
-                const int c = at.first + k;
-                const int64 token = begin + t;
-                pair.a = step_size(load(at.at(p.dt, p.dt_b, p.dt_l, token)[c]) + tile.bias[k]);
-                if (FORWARD) {
-                    pair.b = pair.a * load(at.at(p.x, p.x_b, p.x_l, token)[c]);
-                } else {
-                    pair.b = load(at.at(p.dy, p.dy_b, p.dy_l, token)[c]);
-                    if constexpr (GATED) {
-                        const float z = load(at.at(p.z, p.z_b, p.z_l, token)[c]);
-                        pair.b *= z * sigmoid(z);
-                    }
-                }
+        if (number + 1 < tiles) fetch(number + 1, now ^ 1);
+        const IO* dt_raw = raw + now * STREAMS * TILE;
+        const IO* BC_raw = raw_BC + now * 2 * T * NP;
+        for (int i = threadIdx.x; i < EIGHTS; i += THREADS) {
+            const Eight e(i);
+            float dt[8], in[8], z[8];
+            load8(dt, e.in(dt_raw));
+            load8(in, e.in(dt_raw + TILE));
+            if constexpr (!FORWARD && GATED) load8(z, e.in(dt_raw + 2 * TILE));
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const bool exists = e.t < valid && e.k + j < at.columns;
+                const float step = exists ? step_size(dt[j] + tile.bias[e.k + j]) : 0.0f;
+                if constexpr (FORWARD) in[j] *= step;
+                if constexpr (!FORWARD && GATED) in[j] *= z[j] * sigmoid(z[j]);
+                tile.pairs[e.t * PITCH + e.k + j] = Pair{step, exists ? in[j] : 0.0f};
             }
-            tile.pairs[t * PITCH + k] = pair;
         }
         tile.tokens(p, at, begin, valid, [&](int which, int t, int state) {
-            return which ? at.at(p.C, p.C_b, p.C_l, begin + t)[at.group * p.C_g + state]
-                         : at.at(p.B, p.B_b, p.B_l, begin + t)[at.group * p.B_g + state];
+            return BC_raw[((FORWARD ? 0 : 1) * T + t) * NP + state];  // both halves of the tile get the same one
         });
         block_barrier();
 #pragma unroll 4
         for (int s = 0; s < T; s++) {
             const int t = FORWARD ? T - 1 - s : s;
-            const Pair in = tile.pairs[t * PITCH + at.c];
-            const States weight = read_states(tile.BC + t * 2 * NP + (FORWARD ? 0 : NP) + at.q * NPT);
+            const Pairs in = read_pairs(tile, at, t);
+            const States weight = read_states(tile.BC + t * 2 * NP + at.q * NPT);
             if (!FORWARD && PACKED && tile.fresh[t]) cut = true;
-            if (!FORWARD) since += in.a;  // the state that enters has decayed by this token, too
-            if (!(PACKED && cut)) {
 #pragma unroll
-                for (int i = 0; i < NPT; i++) own.v[i] += exp2_fast(since * rates.v[i]) * (in.b * weight.v[i]);
+            for (int k = 0; k < CPT; k++) {
+                if (!FORWARD) since[k] += in.v[k].a;  // the state that enters has decayed by this token, too
+                if (!(PACKED && cut)) {
+#pragma unroll
+                    for (int i = 0; i < NPT; i++)
+                        own[k].v[i] += exp2_fast(since[k] * rates[k].v[i]) * (in.v[k].b * weight.v[i]);
+                }
+                if (FORWARD) since[k] += in.v[k].a;
             }
-            if (FORWARD) since += in.a;
             if (FORWARD && PACKED && tile.fresh[t]) cut = true;
         }
         // Steps are never negative after a softplus: what has vanished stays so.
@@ -350,13 +426,24 @@ KERNEL(SUMMARISE, THREADS, 4) {
         if (SOFTPLUS && !gone) {
             gone = true;
 #pragma unroll
-            for (int i = 0; i < NPT; i++) gone = gone && (at.q * NPT + i >= p.n || since * rates.v[i] < GONE);
-        }
-        if (block_all(gone || !at.owns)) break;
-    }
-    States decay;
+            for (int k = 0; k < CPT; k++)
 #pragma unroll
-    for (int i = 0; i < NPT; i++) decay.v[i] = PACKED && cut ? 0.0f : exp2_fast(since * rates.v[i]);
+                for (int i = 0; i < NPT; i++)
+                    gone = gone && (!at.owns(k) || at.q * NPT + i >= p.n || since[k] * rates[k].v[i] < GONE);
+        }
+        if (block_all(gone)) {
+            copies_wait<0>();
+            break;
+        }
+    }
+    States decay[CPT];
+#pragma unroll
+    for (int k = 0; k < CPT; k++)
+#pragma unroll
+        for (int i = 0; i < NPT; i++) {
+            const float log = since[k] * rates[k].v[i];
+            decay[k].v[i] = (PACKED && cut) || (SOFTPLUS && log < GONE) ? 0.0f : exp2_fast(log);
+        }
     store_states(p, at, p.local, at.row * p.segments + at.segment, own);
     store_states(p, at, p.passed, at.row * p.segments + at.segment, decay);
 }
@@ -372,31 +459,32 @@ constexpr int KEPT = 2 * NPT * LANES > 32 ? 2 * NPT * LANES / 32 : 1;  // sums o
 
 KERNEL(backward, THREADS, 2) {
     const Place at(p);
-    IO* raw = (IO*)shared_memory;                        // [2][x, dt, dy, (z)][T][CHANNELS]
+    IO* raw = (IO*)shared_memory;                        // [2][x, dt, dy, (z)][T][RAW]
     IO* raw_BC = raw + 2 * STREAMS * TILE;               // [2][B, C][T][NP]
     Tile tile((unsigned char*)(raw_BC + 2 * 2 * T * NP));
-    float* gy = (float*)((unsigned char*)tile.pairs + Tile::BYTES);  // [T][PITCH]: gradient of the ungated output
-    float* ys = gy + T * PITCH;                          // [T][PITCH]: <h, C>, where there is a gate
-    float* starts = ys + (GATED ? T * PITCH : 0);        // [SUBS][THREADS][NPT]: states before each SUB tokens
-    float* slots = starts + SUBS * THREADS * NPT;        // [WARPS][SUB][2 NP]: gradients of B and C by warp
+    float* gy = (float*)((unsigned char*)tile.pairs + Tile::BYTES);  // [T][ROW]: gradient of the ungated output
+    float* starts = gy + T * ROW;                        // [SUBS][CPT][THREADS][NPT]: states before each SUB tokens
+    float* slots = starts + SUBS * CPT * THREADS * NPT;  // [WARPS][SUB][2 NP]: gradients of B and C by warp
     tile.constants(p, at);
-    const States rates = load_rates(p, at);
-    States g = fold(p, at, load_states(p, at, p.dfinal, at.row), p.segments - 1, at.segment, -1);
-    States dA{};
-    float d_skip = 0.0f, d_bias = 0.0f;
-    const int64 all_tiles = (p.length + T - 1) / T;
+    States rates[CPT], g[CPT], dA[CPT]{};
+    load_rates(rates, p, at);
+    load_states(g, p, at, p.dfinal, at.row);
+    fold(g, p, at, p.segments - 1, at.segment, -1);
+    float d_skip[CPT]{}, d_bias[CPT]{};
+    const int64 checkpoints = (p.length + CHECKPOINT - 1) / CHECKPOINT;
+    const auto start_of = [&](int sub, int k) { return (States*)(starts + ((sub * CPT + k) * THREADS + threadIdx.x) * NPT); };
 
     const auto fetch = [&](int64 begin, int stage_number) {
         const int valid = (int)(at.stop - begin < T ? at.stop - begin : T);
         IO* to = raw + stage_number * STREAMS * TILE;
         IO* to_BC = raw_BC + stage_number * 2 * T * NP;
-        stage<CHANNELS, ALIGNED>(to, at.at(p.x, p.x_b, p.x_l, begin) + at.first, p.x_l, valid, at.columns);
-        stage<CHANNELS, ALIGNED>(to + TILE, at.at(p.dt, p.dt_b, p.dt_l, begin) + at.first, p.dt_l, valid, at.columns);
-        stage<CHANNELS, ALIGNED>(to + 2 * TILE, at.at(p.dy, p.dy_b, p.dy_l, begin) + at.first, p.dy_l, valid, at.columns);
+        stage<CHANNELS, RAW, ALIGNED>(to, at.at(p.x, p.x_b, p.x_l, begin) + at.first, p.x_l, valid, at.columns);
+        stage<CHANNELS, RAW, ALIGNED>(to + TILE, at.at(p.dt, p.dt_b, p.dt_l, begin) + at.first, p.dt_l, valid, at.columns);
+        stage<CHANNELS, RAW, ALIGNED>(to + 2 * TILE, at.at(p.dy, p.dy_b, p.dy_l, begin) + at.first, p.dy_l, valid, at.columns);
         if constexpr (GATED)
-            stage<CHANNELS, ALIGNED>(to + 3 * TILE, at.at(p.z, p.z_b, p.z_l, begin) + at.first, p.z_l, valid, at.columns);
-        stage<NP, ALIGNED_BC>(to_BC, at.at(p.B, p.B_b, p.B_l, begin) + at.group * p.B_g, p.B_l, valid, (int)p.n);
-        stage<NP, ALIGNED_BC>(to_BC + T * NP, at.at(p.C, p.C_b, p.C_l, begin) + at.group * p.C_g, p.C_l, valid, (int)p.n);
+            stage<CHANNELS, RAW, ALIGNED>(to + 3 * TILE, at.at(p.z, p.z_b, p.z_l, begin) + at.first, p.z_l, valid, at.columns);
+        stage<NP, NP, ALIGNED_BC>(to_BC, at.at(p.B, p.B_b, p.B_l, begin) + at.group * p.B_g, p.B_l, valid, (int)p.n);
+        stage<NP, NP, ALIGNED_BC>(to_BC + T * NP, at.at(p.C, p.C_b, p.C_l, begin) + at.group * p.C_g, p.C_l, valid, (int)p.n);
         copies_commit();
     };
     const int64 tiles = (at.stop - at.start + T - 1) / T;
@@ -406,29 +494,30 @@ KERNEL(backward, THREADS, 2) {
     for (int64 number = tiles - 1; number >= 0; number--, now ^= 1) {
         const int64 begin = at.start + number * T;
         const int valid = (int)(at.stop - begin < T ? at.stop - begin : T);
-        States h = load_states(p, at, p.checkpoints, at.row * all_tiles + begin / T);
+        States h[CPT];
+        load_states(h, p, at, p.checkpoints, at.row * checkpoints + begin / CHECKPOINT);
         copies_wait<0>();
         block_barrier();
         if (number > 0) fetch(begin - T, now ^ 1);
         const IO* x_raw = raw + now * STREAMS * TILE;
         const IO* BC_raw = raw_BC + now * 2 * T * NP;
 
-        for (int i = threadIdx.x; i < TILE / 8; i += THREADS) {
-            const int t = i / (CHANNELS / 8), k = i % (CHANNELS / 8) * 8;
+        for (int i = threadIdx.x; i < EIGHTS; i += THREADS) {
+            const Eight e(i);
             float x[8], dt[8], dy[8], z[8];
-            load8(x, x_raw + t * CHANNELS + k);
-            load8(dt, x_raw + TILE + t * CHANNELS + k);
-            load8(dy, x_raw + 2 * TILE + t * CHANNELS + k);
-            if constexpr (GATED) load8(z, x_raw + 3 * TILE + t * CHANNELS + k);
+            load8(x, e.in(x_raw));
+            load8(dt, e.in(x_raw + TILE));
+            load8(dy, e.in(x_raw + 2 * TILE));
+            if constexpr (GATED) load8(z, e.in(x_raw + 3 * TILE));
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const bool exists = t < valid && k + j < at.columns;
-                const float step = exists ? step_size(dt[j] + tile.bias[k + j]) : 0.0f;
-                float gradient = dy[j];
-                if constexpr (GATED) gradient *= z[j] * sigmoid(z[j]);
-                tile.pairs[t * PITCH + k + j] = Pair{step, exists ? step * x[j] : 0.0f};
-                gy[t * PITCH + k + j] = exists ? gradient : 0.0f;
+                const bool exists = e.t < valid && e.k + j < at.columns;
+                const float step = exists ? step_size(dt[j] + tile.bias[e.k + j]) : 0.0f;
+                if constexpr (GATED) dy[j] *= z[j] * sigmoid(z[j]);
+                if (!exists) dy[j] = 0.0f;
+                tile.pairs[e.t * PITCH + e.k + j] = Pair{step, exists ? step * x[j] : 0.0f};
             }
+            store8(gy + e.t * ROW + e.k, dy);
         }
         tile.tokens(p, at, begin, valid, [&](int which, int t, int state) { return BC_raw[(which * T + t) * NP + state]; });
         block_barrier();
@@ -436,91 +525,116 @@ KERNEL(backward, THREADS, 2) {
         // States before each SUB tokens.
 #pragma unroll 1
         for (int sub = 0;; sub++) {
-            *(States*)(starts + (sub * THREADS + threadIdx.x) * NPT) = h;
+#pragma unroll
+            for (int k = 0; k < CPT; k++) *start_of(sub, k) = h[k];
             if (sub == SUBS - 1) break;
 #pragma unroll
             for (int j = 0; j < SUB; j++) {
                 const int t = sub * SUB + j;
-                const Pair in = tile.pairs[t * PITCH + at.c];
+                const Pairs in = read_pairs(tile, at, t);
                 const States B = read_states(tile.BC + t * 2 * NP + at.q * NPT);
                 const bool fresh = PACKED && tile.fresh[t];
 #pragma unroll
-                for (int i = 0; i < NPT; i++)
-                    h.v[i] = exp2_fast(in.a * rates.v[i]) * (fresh ? 0.0f : h.v[i]) + in.b * B.v[i];
+                for (int k = 0; k < CPT; k++)
+#pragma unroll
+                    for (int i = 0; i < NPT; i++)
+                        h[k].v[i] = exp2_fast(in.v[k].a * rates[k].v[i]) * (fresh ? 0.0f : h[k].v[i]) + in.v[k].b * B.v[i];
             }
         }
 
 #pragma unroll 1
         for (int sub = SUBS - 1; sub >= 0; sub--) {
             const int t0 = sub * SUB;
-            float decay[SUB][NPT], before[SUB + 1][NPT];
-            h = *(const States*)(starts + (sub * THREADS + threadIdx.x) * NPT);
+            float decay[SUB][CPT][NPT], before[SUB + 1][CPT][NPT];
+#pragma unroll
+            for (int k = 0; k < CPT; k++) h[k] = *start_of(sub, k);
 #pragma unroll
             for (int j0 = 0; j0 < SUB; j0 += TOGETHER) {
-                float sums[TOGETHER];
+                float sums[CPT][TOGETHER];
 #pragma unroll
                 for (int j = j0; j < j0 + TOGETHER; j++) {
-                    const Pair in = tile.pairs[(t0 + j) * PITCH + at.c];
+                    const Pairs in = read_pairs(tile, at, t0 + j);
                     const States B = read_states(tile.BC + (t0 + j) * 2 * NP + at.q * NPT);
                     const bool fresh = PACKED && tile.fresh[t0 + j];
-                    float sum = 0.0f;
                     States C;
                     if constexpr (GATED) C = read_states(tile.BC + (t0 + j) * 2 * NP + NP + at.q * NPT);
 #pragma unroll
-                    for (int i = 0; i < NPT; i++) {
-                        decay[j][i] = fresh ? 0.0f : exp2_fast(in.a * rates.v[i]);
-                        before[j][i] = fresh ? 0.0f : h.v[i];
-                        h.v[i] = decay[j][i] * before[j][i] + in.b * B.v[i];
-                        if constexpr (GATED) sum += h.v[i] * C.v[i];
+                    for (int k = 0; k < CPT; k++) {
+                        float sum = 0.0f;
+#pragma unroll
+                        for (int i = 0; i < NPT; i++) {
+                            decay[j][k][i] = fresh ? 0.0f : exp2_fast(in.v[k].a * rates[k].v[i]);
+                            before[j][k][i] = fresh ? 0.0f : h[k].v[i];
+                            h[k].v[i] = decay[j][k][i] * before[j][k][i] + in.v[k].b * B.v[i];
+                            if constexpr (GATED) sum += h[k].v[i] * C.v[i];
+                        }
+                        sums[k][j - j0] = sum;
                     }
-                    sums[j - j0] = sum;
                 }
                 if constexpr (GATED) {
-                    const int own = sum_lanes<TOGETHER, 1, LANES>(sums, at.lane);
-                    ys[(t0 + j0 + own) * PITCH + at.c] = sums[0];
+                    Numbers y;
+                    int own = 0;
+#pragma unroll
+                    for (int k = 0; k < CPT; k++) {
+                        own = sum_lanes<TOGETHER, 1, LANES>(sums[k], at.lane);
+                        y.v[k] = sums[k][0];
+                    }
+                    *(Numbers*)(tile.ys + (t0 + j0 + own) * ROW + at.c) = y;
                 }
             }
 #pragma unroll
-            for (int i = 0; i < NPT; i++) before[SUB][i] = h.v[i];
+            for (int k = 0; k < CPT; k++)
+#pragma unroll
+                for (int i = 0; i < NPT; i++) before[SUB][k][i] = h[k].v[i];
 
 #pragma unroll
             for (int j0 = SUB - TOGETHER; j0 >= 0; j0 -= TOGETHER) {
-                float d_input[TOGETHER], d_step[TOGETHER];
+                float d_input[CPT][TOGETHER], d_step[CPT][TOGETHER];
 #pragma unroll
                 for (int j = j0 + TOGETHER - 1; j >= j0; j--) {
                     const int t = t0 + j;
-                    const Pair in = tile.pairs[t * PITCH + at.c];
-                    const float dy = gy[t * PITCH + at.c];
+                    const Pairs in = read_pairs(tile, at, t);
+                    const Numbers dy = *(const Numbers*)(gy + t * ROW + at.c);
                     const States B = read_states(tile.BC + t * 2 * NP + at.q * NPT);
                     const States C = read_states(tile.BC + t * 2 * NP + NP + at.q * NPT);
-                    float dBC[2 * NPT], input = 0.0f, step = 0.0f;
                     const bool fresh_next = PACKED && j + 1 < SUB && tile.fresh[t + 1];
+                    float dBC[2 * NPT];
 #pragma unroll
-                    for (int i = 0; i < NPT; i++) {
-                        g.v[i] += C.v[i] * dy;
-                        dBC[i] = g.v[i] * in.b;
-                        // The state after this token is the one before the next, unless a document begins there.
-                        const float after = fresh_next ? decay[j][i] * before[j][i] + in.b * B.v[i] : before[j + 1][i];
-                        dBC[NPT + i] = after * dy;
-                        input += g.v[i] * B.v[i];
-                        g.v[i] *= decay[j][i];
-                        const float through = g.v[i] * before[j][i];
-                        step += through * rates.v[i];
-                        dA.v[i] += through * in.a;
+                    for (int i = 0; i < 2 * NPT; i++) dBC[i] = 0.0f;
+#pragma unroll
+                    for (int k = 0; k < CPT; k++) {
+                        float input = 0.0f, step = 0.0f;
+#pragma unroll
+                        for (int i = 0; i < NPT; i++) {
+                            g[k].v[i] += C.v[i] * dy.v[k];
+                            dBC[i] += g[k].v[i] * in.v[k].b;
+                            // The state after a token is the one before the next, unless a document begins there.
+                            const float after = fresh_next ? decay[j][k][i] * before[j][k][i] + in.v[k].b * B.v[i]
+                                                           : before[j + 1][k][i];
+                            dBC[NPT + i] += after * dy.v[k];
+                            input += g[k].v[i] * B.v[i];
+                            g[k].v[i] *= decay[j][k][i];
+                            const float through = g[k].v[i] * before[j][k][i];
+                            step += through * rates[k].v[i];
+                            dA[k].v[i] += through * in.v[k].a;
+                        }
+                        d_input[k][j - j0] = input;
+                        d_step[k][j - j0] = step * LN2;
                     }
-                    d_input[j - j0] = input;
-                    d_step[j - j0] = step * LN2;
                     const int own = sum_lanes<2 * NPT, LANES, 32>(dBC, at.lane);
                     float* slot = slots + ((threadIdx.x / 32) * SUB + j) * 2 * NP + at.q * NPT;
 #pragma unroll
-                    for (int k = 0; k < KEPT; k++) {
-                        const int v = own + k;
-                        slot[v < NPT ? v : NP + v - NPT] = dBC[k];
-                    }
+                    for (int v = 0; v < KEPT; v++) slot[own + v < NPT ? own + v : NP + own + v - NPT] = dBC[v];
                 }
-                const int own = sum_lanes<TOGETHER, 1, LANES>(d_input, at.lane);
-                sum_lanes<TOGETHER, 1, LANES>(d_step, at.lane);
-                tile.pairs[(t0 + j0 + own) * PITCH + at.c] = Pair{d_input[0], d_step[0]};
+                Pairs found;
+                int own = 0;
+#pragma unroll
+                for (int k = 0; k < CPT; k++) {
+                    own = sum_lanes<TOGETHER, 1, LANES>(d_input[k], at.lane);
+                    sum_lanes<TOGETHER, 1, LANES>(d_step[k], at.lane);
+                    found.v[k] = Pair{d_input[k][0], d_step[k][0]};
+                }
+                *(Pairs*)(tile.pairs + (t0 + j0 + own) * PITCH + at.c) = found;  // read by all its lanes already
             }
 
             block_barrier();
@@ -542,61 +656,58 @@ KERNEL(backward, THREADS, 2) {
             block_barrier();
         }
 
-        for (int i = threadIdx.x; i < TILE / 8; i += THREADS) {
-            const int t = i / (CHANNELS / 8), k = i % (CHANNELS / 8) * 8;
-            float x[8], dt[8], dy[8], z[8], dx[8], ddt[8], dz[8];
-            load8(x, x_raw + t * CHANNELS + k);
-            load8(dt, x_raw + TILE + t * CHANNELS + k);
+        for (int i = threadIdx.x; i < EIGHTS; i += THREADS) {
+            const Eight e(i);
+            float x[8], dt[8], dy[8], z[8], gradient[8], y[8], dx[8], ddt[8], dz[8];
+            load8(x, e.in(x_raw));
+            load8(dt, e.in(x_raw + TILE));
+            load8(gradient, gy + e.t * ROW + e.k);
             if constexpr (GATED) {
-                load8(dy, x_raw + 2 * TILE + t * CHANNELS + k);
-                load8(z, x_raw + 3 * TILE + t * CHANNELS + k);
+                load8(dy, e.in(x_raw + 2 * TILE));
+                load8(z, e.in(x_raw + 3 * TILE));
+                load8(y, tile.ys + e.t * ROW + e.k);
             }
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const bool exists = t < valid && k + j < at.columns;
-                const Pair found = tile.pairs[t * PITCH + k + j];
-                const float gradient = gy[t * PITCH + k + j];
-                const float skip = exists ? tile.skip[k + j] : 0.0f;
-                const float raw_step = exists ? dt[j] + tile.bias[k + j] : 0.0f;
+                const bool exists = e.t < valid && e.k + j < at.columns;
+                const Pair found = tile.pairs[e.t * PITCH + e.k + j];
+                const float skip = exists ? tile.skip[e.k + j] : 0.0f;
+                const float raw_step = exists ? dt[j] + tile.bias[e.k + j] : 0.0f;
                 const float input = exists ? x[j] : 0.0f;
-                dx[j] = step_size(raw_step) * found.a + skip * gradient;
+                dx[j] = step_size(raw_step) * found.a + skip * gradient[j];
                 ddt[j] = found.b + input * found.a;
                 if constexpr (SOFTPLUS) ddt[j] *= sigmoid(raw_step);
                 if constexpr (GATED) {
                     const float s = sigmoid(z[j]);
-                    const float y = ys[t * PITCH + k + j] + skip * input;
-                    dz[j] = dy[j] * y * s * (1.0f + z[j] * (1.0f - s));
+                    dz[j] = dy[j] * (y[j] + skip * input) * s * (1.0f + z[j] * (1.0f - s));
                 }
-                tile.pairs[t * PITCH + k + j] = exists ? Pair{gradient * input, ddt[j]} : Pair{0.0f, 0.0f};
+                tile.pairs[e.t * PITCH + e.k + j] = exists ? Pair{gradient[j] * input, ddt[j]} : Pair{0.0f, 0.0f};
             }
-            if (t < valid && k < at.columns) {
-                const int64 where = (at.row * p.length + begin + t) * p.d + at.first + k;
-                write8(p.dx + where, dx, at.columns - k);
-                write8(p.ddt + where, ddt, at.columns - k);
-                if constexpr (GATED) write8(p.dz + where, dz, at.columns - k);
+            if (e.t < valid && e.k < at.columns) {
+                const int64 where = (at.row * p.length + begin + e.t) * p.d + at.first + e.k;
+                write8(p.dx + where, dx, at.columns - e.k);
+                write8(p.ddt + where, ddt, at.columns - e.k);
+                if constexpr (GATED) write8(p.dz + where, dz, at.columns - e.k);
             }
         }
         block_barrier();
-        for (int t = threadIdx.x / CHANNELS; t < T; t += LANES) {
-            const Pair found = tile.pairs[t * PITCH + threadIdx.x % CHANNELS];
-            d_skip += found.a;
-            d_bias += found.b;
+        for (int t = at.q; t < T; t += LANES) {
+            const Pairs found = read_pairs(tile, at, t);
+#pragma unroll
+            for (int k = 0; k < CPT; k++) d_skip[k] += found.v[k].a, d_bias[k] += found.v[k].b;
         }
     }
 
     // Sums over all tokens of the segment.
-    block_barrier();
-    tile.pairs[threadIdx.x / CHANNELS * PITCH + threadIdx.x % CHANNELS] = Pair{d_skip, d_bias};
-    block_barrier();
     const int64 outer = at.row * p.segments + at.segment;
-    for (int c = threadIdx.x; c < at.columns; c += THREADS) {
-        Pair sum{0.0f, 0.0f};
-        for (int r = 0; r < LANES; r++) {
-            sum.a += tile.pairs[r * PITCH + c].a;
-            sum.b += tile.pairs[r * PITCH + c].b;
+#pragma unroll
+    for (int k = 0; k < CPT; k++) {
+        sum_lanes<1, 1, LANES>(&d_skip[k], at.lane);
+        sum_lanes<1, 1, LANES>(&d_bias[k], at.lane);
+        if (at.q == 0 && at.owns(k)) {
+            p.dD[outer * p.d + at.first + at.c + k] = d_skip[k];
+            p.ddt_bias[outer * p.d + at.first + at.c + k] = d_bias[k];
         }
-        p.dD[outer * p.d + at.first + c] = sum.a;
-        p.ddt_bias[outer * p.d + at.first + c] = sum.b;
     }
     store_states(p, at, p.dA, outer, dA);
     if (at.segment == 0) store_states(p, at, p.dinitial, at.row, g);
@@ -609,30 +720,34 @@ KERNEL(backward, THREADS, 2) {
 
 KERNEL(step, THREADS, 4) {
     const Place at(p);
-    const States rates = load_rates(p, at);
-    States h = load_states(p, at, p.initial, at.row);
-    const int c = at.owns ? at.first + at.c : at.first;
-    const float x = load(at.at(p.x, p.x_b, 0, 0)[c]);
-    const float dt = step_size(load(at.at(p.dt, p.dt_b, 0, 0)[c]) + (p.dt_bias ? p.dt_bias[c] : 0.0f));
+    States rates[CPT], h[CPT];
+    load_rates(rates, p, at);
+    load_states(h, p, at, p.initial, at.row);
     const IO* B = at.at(p.B, p.B_b, 0, 0) + at.group * p.B_g;
     const IO* C = at.at(p.C, p.C_b, 0, 0) + at.group * p.C_g;
-    float y[1] = {0.0f};
 #pragma unroll
-    for (int i = 0; i < NPT; i++) {
-        const int state = at.q * NPT + i;
-        if (state >= p.n) continue;
-        h.v[i] = exp2_fast(dt * rates.v[i]) * h.v[i] + dt * x * load(B[state]);
-        y[0] += h.v[i] * load(C[state]);
-    }
-    sum_lanes<1, 1, LANES>(y, at.lane);
-    store_states(p, at, p.final, at.row, h);
-    if (at.owns && at.q == 0) {
-        if (p.D) y[0] += p.D[c] * x;
-        if constexpr (GATED) {
-            const float z = load(at.at(p.z, p.z_b, 0, 0)[c]);
-            y[0] *= z * sigmoid(z);
+    for (int k = 0; k < CPT; k++) {
+        const int c = at.owns(k) ? at.first + at.c + k : at.first;
+        const float x = load(at.at(p.x, p.x_b, 0, 0)[c]);
+        const float dt = step_size(load(at.at(p.dt, p.dt_b, 0, 0)[c]) + (p.dt_bias ? p.dt_bias[c] : 0.0f));
+        float y[1] = {0.0f};
+#pragma unroll
+        for (int i = 0; i < NPT; i++) {
+            const int state = at.q * NPT + i;
+            if (state >= p.n) continue;
+            h[k].v[i] = exp2_fast(dt * rates[k].v[i]) * h[k].v[i] + dt * x * load(B[state]);
+            y[0] += h[k].v[i] * load(C[state]);
         }
-        store(p.y + at.row * p.d + c, y[0]);
+        sum_lanes<1, 1, LANES>(y, at.lane);
+        if (at.owns(k) && at.q == 0) {
+            if (p.D) y[0] += p.D[c] * x;
+            if constexpr (GATED) {
+                const float z = load(at.at(p.z, p.z_b, 0, 0)[c]);
+                y[0] *= z * sigmoid(z);
+            }
+            store(p.y + at.row * p.d + c, y[0]);
+        }
     }
+    store_states(p, at, p.final, at.row, h);
 }
 #endif

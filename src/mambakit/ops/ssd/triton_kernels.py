@@ -29,7 +29,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-GONE = tl.constexpr(-150.0)  # 2 to this power is zero in float32
+GONE = tl.constexpr(-40.0)  # 2 to this power counts as nothing
 NEVER = tl.constexpr(-1.0e30)  # the logarithm of a decay across a document's border
 
 
@@ -266,7 +266,7 @@ def summarise(
         c += 1
     where = (row * segments + part) * h + head
     _store_state(local + where * p * n, state, p, n, P, N)
-    tl.store(passed + where, since)
+    tl.store(passed + where, tl.where(since > GONE, since, NEVER) if MONOTONE else since)
 
 
 @triton.jit
