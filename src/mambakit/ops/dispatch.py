@@ -318,9 +318,13 @@ def _wants_gradient(inputs: Sequence[Any]) -> bool:
 
 
 def _is_plain_inference(inputs: Sequence[Any]) -> bool:
-    """Whether a kernel may be called as it is: no gradient, no tracing, nobody listening to operators."""
-    listened = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return not listened and not _wants_gradient(inputs)
+    """Whether a kernel may be called as it is: no gradient, and nobody listening."""
+    return not _is_listened() and not _wants_gradient(inputs)
+
+
+def _is_listened() -> bool:
+    """Whether operators are traced or counted, so that a kernel must be called as one of them."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class _Kernel(torch.autograd.Function):
@@ -328,7 +332,11 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, name: str, *inputs: Any) -> tuple[Tensor, ...]:
-        results = getattr(torch.ops.mambakit, op.name)(*inputs, True, name)
+        if _is_listened():
+            results = getattr(torch.ops.mambakit, op.name)(*inputs, True, name)
+        else:
+            outputs, saved = op.backends[name].forward(*inputs)
+            results = [*outputs, *saved]
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         ctx.save_for_backward(*tensors, *results[op.outputs :])
         ctx.op, ctx.name, ctx.tensor_count = op, name, len(tensors)
@@ -342,11 +350,13 @@ class _Kernel(torch.autograd.Function):
         waiting = iter(tensors)
         inputs = [next(waiting) if slot is None else slot[0] for slot in ctx.template]
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
-            found = iter(_differentiable_gradients(op, inputs, tensors, grads))
+            found = _differentiable_gradients(op, inputs, tensors, grads)
         else:
-            saved = list(ctx.saved_tensors[ctx.tensor_count :])
-            low = getattr(torch.ops.mambakit, f"{op.name}_backward")
-            found = iter(low(saved, [g.contiguous() for g in grads], *inputs, ctx.name))
+            saved, grads = list(ctx.saved_tensors[ctx.tensor_count :]), [g.contiguous() for g in grads]
+            if _is_listened():
+                found = getattr(torch.ops.mambakit, f"{op.name}_backward")(saved, grads, *inputs, ctx.name)
+            else:
+                found = op.backends[ctx.name].backward(saved, grads, *inputs)
         # An empty gradient stands for none, except of an input that is itself empty.
         gradients = iter(
             None if g is None or g.shape != t.shape else g for g, t in zip(found, tensors, strict=True)
