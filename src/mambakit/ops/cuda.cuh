@@ -112,11 +112,15 @@ DEVICE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x));
 // digits, so there it is a polynomial in w.
 template <bool EXACT>
 DEVICE float softplus(float x) {
-    if (x > 20.0f) return x;
-    const float w = exp2_fast(LOG2E * x);
-    if constexpr (EXACT) return log1pf(w);
-    const float series = w * (1.0f + w * (-0.5f + w * (1.0f / 3 + w * -0.25f)));
-    return w < 0.06f ? series : LN2 * log2_fast(1.0f + w);
+    const float w = exp2_fast(LOG2E * fminf(x, 20.0f));
+    float found;
+    if constexpr (EXACT) {
+        found = log1pf(w);
+    } else {
+        const float series = w * (1.0f + w * (-0.5f + w * (1.0f / 3 + w * -0.25f)));
+        found = w < 0.06f ? series : LN2 * log2_fast(1.0f + w);
+    }
+    return x > 20.0f ? x : found;
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ dtypes = (torch.float32, torch.bfloat16, torch.float16)
 MOST_STATES = 256
 THREADS = 128
 CHANNELS_PER_THREAD = 2
-BLOCKS_PER_PROCESSOR = {"forward": 6, "backward": 2}
+SUB = 4
+"""Tokens whose states the backward pass holds at once."""
+BLOCKS_PER_PROCESSOR = {"forward": 4, "backward": 3}
 
 _POINTERS = """
     x dt z dy B C y dx ddt dz A D dt_bias initial dfinal seq_idx final checkpoints local passed
@@ -84,9 +86,9 @@ def forward(*inputs: Tensor | bool | None) -> tuple[tuple[Tensor, Tensor], list[
 
 def saved_like(*inputs: Tensor | bool | None) -> list[Tensor]:
     """The states at every tile's start, unfilled."""
-    x, A = inputs[0], inputs[2]
-    tiles = -(-x.shape[1] // _checkpoint(A.shape[1]))
-    return [x.new_empty(x.shape[0], tiles, *A.shape, dtype=torch.float32)]
+    x, dt, A, B, C, _, z, *_ = inputs
+    tiles = -(-x.shape[1] // _tile(A.shape[1]))
+    return [x.new_empty(x.shape[0], tiles, *A.shape, dtype=common_type(x, dt, B, C, z))]
 
 
 def backward(
@@ -179,10 +181,10 @@ class _Call:
         ):  # fmt: skip
             setattr(params, name, cuda.address(tensor))
 
-        tile, padded = _checkpoint(self.n), self.per_state * self.lanes
+        tile, padded = _tile(self.n), self.per_state * self.lanes
         extra = 4 * tile * (self.channels + 4)  # gy
-        extra += 4 * (tile // 8) * CHANNELS_PER_THREAD * THREADS * self.per_state  # starts
-        extra += 4 * (THREADS // 32) * 8 * 2 * padded  # slots
+        extra += 4 * (tile // SUB) * CHANNELS_PER_THREAD * THREADS * self.per_state  # starts
+        extra += 4 * 2 * (THREADS // 32) * SUB * 2 * padded  # slots
         self._launch("backward", params, self._shared(3 + (self.z is not None), tile) + extra)
         del summaries
         found = {
@@ -195,8 +197,8 @@ class _Call:
         }
 
     def new_checkpoints(self) -> Tensor:
-        tiles = -(-self.length // _checkpoint(self.n))
-        return torch.empty(self.batch, tiles, self.d, self.n, dtype=torch.float32, device=self.device)
+        tiles = -(-self.length // _tile(self.n))
+        return torch.empty(self.batch, tiles, self.d, self.n, dtype=self.x.dtype, device=self.device)
 
     def _final(self, in_place: bool) -> Tensor:
         if in_place:
@@ -212,7 +214,7 @@ class _Call:
     def _segments(self, kernel: str) -> tuple[int, int]:
         slots = cuda.processors(self.device) * BLOCKS_PER_PROCESSOR[kernel]
         blocks = self.batch * self.groups * self.channel_blocks
-        return segments.division(self.length, _checkpoint(self.n), blocks, slots)
+        return segments.division(self.length, _tile(self.n), blocks, slots)
 
     def _summarise(self, kernel: str, params: _Params) -> tuple[Tensor, Tensor] | None:
         """Each segment's own state and decay, for the blocks of the segments beyond it."""
@@ -275,10 +277,5 @@ def _division(n: int) -> tuple[int, int]:
 
 
 def _tile(n: int) -> int:
-    """Tokens of a tile of the forward pass."""
+    """Tokens of a tile, and between saved states."""
     return min(4 * _division(n)[1], 32)
-
-
-def _checkpoint(n: int) -> int:
-    """Tokens between saved states, and of a tile of the backward pass."""
-    return min(8 * _division(n)[1], 32)

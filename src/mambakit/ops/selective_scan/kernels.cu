@@ -12,8 +12,8 @@
 // stops where all that lies further back has decayed to nothing, so that it mostly reads a fraction of the
 // tokens. The backward pass does the same from the other side.
 //
-// The backward pass recomputes states from one checkpoint per tile, SUB tokens at a time: those states and their
-// decays stay in registers until the gradient has come back through them.
+// The backward pass recomputes states from one checkpoint per tile (kept in the type of the activations), SUB
+// tokens at a time: those states and their decays stay in registers until the gradient has come back through them.
 //
 // Settings of a compilation: IO (float, bf16, half), NPT, LANES, ALIGNED and ALIGNED_BC (16-byte accesses are
 // possible), PACKED (seq_idx given), GATED (z given), SOFTPLUS, and one of the kernels' names.
@@ -23,15 +23,10 @@ constexpr int WARPS = THREADS / 32;
 constexpr int CPT = 2;                                           // channels of a thread
 constexpr int CHANNELS = THREADS / LANES * CPT;
 constexpr int NP = LANES * NPT;                                  // states of a channel, padded
-constexpr int CHECKPOINT = LANES <= 4 ? 8 * LANES : 32;          // tokens between saved states
-constexpr int SUB = 8;                                           // tokens whose states backward holds at once
+constexpr int T = LANES <= 8 ? 4 * LANES : 32;                   // tokens of a tile
+constexpr int SUB = 4;                                           // tokens whose states backward holds at once
 constexpr bool EXACT = sizeof(IO) == 4;
 constexpr float GONE = -40.0f;                                   // 2 to this power counts as nothing
-#if defined(KERNEL_backward)
-constexpr int T = CHECKPOINT;                                    // tokens of a tile
-#else
-constexpr int T = LANES <= 8 ? 4 * LANES : 32;
-#endif
 constexpr int RAW = CHANNELS + 32 / sizeof(IO);                  // rows of staged, of pairs and of floats: padded,
 constexpr int PITCH = CHANNELS + 2;                              // so that rows start in different banks
 constexpr int ROW = CHANNELS + 4;
@@ -43,7 +38,8 @@ struct Params {
     IO *y, *dx, *ddt, *dz;                        // contiguous
     const float *A, *D, *dt_bias, *initial, *dfinal;
     const int* seq_idx;
-    float *final, *checkpoints;                   // (b, d, n); (b, tiles, d, n) or null
+    float* final;                                 // (b, d, n)
+    IO* checkpoints;                              // (b, tiles, d, n) or null: states before each tile
     float *local, *passed;                        // summaries (b, segments, d, n): own state, total decay
     float *dA, *dD, *ddt_bias, *dinitial;         // per (b, segment): (..., d, n), (..., d), (..., d); (b, d, n)
     float *dB, *dC;                               // (b, l, g, n), or one such per channel block if `partial`
@@ -83,20 +79,22 @@ struct Place {
     }
 };
 
-DEVICE void load_states(States (&to)[CPT], const Params& p, const Place& at, const float* from, int64 outer) {
+template <typename Number>
+DEVICE void load_states(States (&to)[CPT], const Params& p, const Place& at, const Number* from, int64 outer) {
 #pragma unroll
     for (int k = 0; k < CPT; k++)
 #pragma unroll
         for (int i = 0; i < NPT; i++)
-            to[k].v[i] = from && at.owns(k) && at.q * NPT + i < p.n ? from[at.states(p, outer, k) + i] : 0.0f;
+            to[k].v[i] = from && at.owns(k) && at.q * NPT + i < p.n ? load(from[at.states(p, outer, k) + i]) : 0.0f;
 }
 
-DEVICE void store_states(const Params& p, const Place& at, float* to, int64 outer, const States (&s)[CPT]) {
+template <typename Number>
+DEVICE void store_states(const Params& p, const Place& at, Number* to, int64 outer, const States (&s)[CPT]) {
 #pragma unroll
     for (int k = 0; k < CPT; k++)
 #pragma unroll
         for (int i = 0; i < NPT; i++)
-            if (to && at.owns(k) && at.q * NPT + i < p.n) to[at.states(p, outer, k) + i] = s[k].v[i];
+            if (to && at.owns(k) && at.q * NPT + i < p.n) store(to + at.states(p, outer, k) + i, s[k].v[i]);
 }
 
 // Decay rates in powers of two per unit of time.
@@ -122,23 +120,36 @@ DEVICE void fold(States (&s)[CPT], const Params& p, const Place& at, int64 begin
     }
 }
 
-// Bring `rows` rows of `columns` <= WIDTH elements to shared memory, PITCHED apart there; complete after
-// copies_wait and a barrier.
+// Brings tile after tile of one tensor to shared memory, rows of `columns` <= WIDTH elements PITCHED apart there;
+// complete after copies_wait and a barrier. A thread's places in tiles and memory are found once.
 template <int WIDTH, int PITCHED, bool VECTORS>
-DEVICE void stage(IO* to, const IO* from, int64 stride, int rows, int columns) {
-    constexpr int STEP = 16 / sizeof(IO), CHUNKS = WIDTH / STEP > 0 ? WIDTH / STEP : 1;
-    if constexpr (VECTORS && WIDTH % STEP == 0) {
-        for (int i = threadIdx.x; i < rows * CHUNKS; i += THREADS) {
+struct Stream {
+    static constexpr int STEP = VECTORS && WIDTH % (16 / sizeof(IO)) == 0 ? 16 / sizeof(IO) : 1;
+    static constexpr int CHUNKS = WIDTH / STEP, COPIES = (T * CHUNKS + THREADS - 1) / THREADS;
+    static constexpr bool ONE_COLUMN = THREADS % CHUNKS == 0;  // a thread's copies are all of one column
+    const IO* from;
+    int64 stride;
+    int columns;
+
+    DEVICE Stream(const IO* base, int64 by_token, int count) : from(base), stride(by_token), columns(count) {}
+    // Copy the tile of `rows` <= T tokens that begins `token` tokens after the base.
+    DEVICE void fetch(IO* to, int64 token, int rows) const {
+        const IO* tile = from + token * stride;
+#pragma unroll
+        for (int n = 0; n < COPIES; n++) {
+            const int i = threadIdx.x + n * THREADS;
             const int row = i / CHUNKS, column = i % CHUNKS * STEP;
-            if (column < columns) copy16_async(to + row * PITCHED + column, from + row * stride + column);
-        }
-    } else {
-        for (int i = threadIdx.x; i < rows * WIDTH; i += THREADS) {
-            const int row = i / WIDTH, column = i % WIDTH;
-            if (column < columns) to[row * PITCHED + column] = from[row * stride + column];
+            if (row >= rows || column >= columns) continue;
+            if constexpr (STEP > 1) {
+                copy16_async(to + row * PITCHED + column, tile + row * (int)stride + column);
+            } else {
+                to[row * PITCHED + column] = tile[row * stride + column];
+            }
         }
     }
-}
+};
+typedef Stream<CHANNELS, RAW, ALIGNED> Channels;
+typedef Stream<NP, NP, ALIGNED_BC> Vectors;
 
 // The i-th eight elements of a tile. Neighbouring threads take two eights of a row, then the next row, so that
 // they meet different banks in all of the tile's layouts.
@@ -152,6 +163,24 @@ struct Eight {
     DEVICE const IO* in(const IO* raw) const { return raw + t * RAW + k; }
 };
 constexpr int EIGHTS = T * CHANNELS / 8;
+
+// Call `body(Eight)` for all of the thread's eights.
+template <typename Body>
+DEVICE void each_eight(Body body) {
+#pragma unroll
+    for (int n = 0; n < (EIGHTS + THREADS - 1) / THREADS; n++) {
+        const int i = threadIdx.x + n * THREADS;
+        if (EIGHTS % THREADS == 0 || i < EIGHTS) body(Eight(i));
+    }
+}
+struct Yes { static constexpr bool value = true; };
+struct No { static constexpr bool value = false; };
+// Call `body(Eight, whole)`; a tile all of whose tokens and channels exist needs no questions asked.
+template <typename Body>
+DEVICE void each_eight(bool whole, Body body) {
+    if (whole) each_eight([&](Eight e) { body(e, Yes()); });
+    else each_eight([&](Eight e) { body(e, No()); });
+}
 
 // Eight elements of a tile, of which the first `count` exist in global memory.
 DEVICE void write8(IO* to, const float (&values)[8], int count) {
@@ -198,12 +227,22 @@ struct Tile {
             bias[c] = p.dt_bias ? p.dt_bias[at.first + c] : 0.0f;
         }
     }
-    // B and C as floats, zero where there is no token or state, and the documents' first tokens.
-    template <typename From>
-    DEVICE void tokens(const Params& p, const Place& at, int64 begin, int valid, From from) {
-        for (int i = threadIdx.x; i < T * 2 * NP; i += THREADS) {
-            const int t = i / (2 * NP), which = i / NP % 2, state = i % NP;
-            BC[i] = t < valid && state < p.n ? load(from(which, t, state)) : 0.0f;
+    // B and C as floats from their staged rows (null: that half is not needed), zero where there is no token or
+    // state, and the documents' first tokens.
+    DEVICE void tokens(const Params& p, const Place& at, int64 begin, int valid, const IO* B, const IO* C) {
+        constexpr int STEP = NP % 4 == 0 ? 4 : 1, COUNT = T * 2 * NP / STEP;
+#pragma unroll
+        for (int n = 0; n < (COUNT + THREADS - 1) / THREADS; n++) {
+            const int i = threadIdx.x + n * THREADS;
+            if (COUNT % THREADS != 0 && i >= COUNT) break;
+            const int t = i / (2 * NP / STEP), which = i / (NP / STEP) % 2, state = i % (NP / STEP) * STEP;
+            const IO* from = which ? C : B;
+            if (!from) continue;
+            Floats<STEP> values;
+#pragma unroll
+            for (int j = 0; j < STEP; j++)
+                values.v[j] = t < valid && state + j < p.n ? load(from[t * NP + state + j]) : 0.0f;
+            *(Floats<STEP>*)(BC + i * STEP) = values;
         }
         if constexpr (PACKED)
             for (int t = threadIdx.x; t < T; t += THREADS) fresh[t] = t < valid && begins(p, at, begin + t);
@@ -211,6 +250,20 @@ struct Tile {
 };
 
 DEVICE States read_states(const float* from) { return *(const States*)from; }
+
+DEVICE void store_pairs(Pair* to, const Pair (&pairs)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) *(Words4*)(to + j) = Words4{float_bits(pairs[j].a), float_bits(pairs[j].b),
+                                                            float_bits(pairs[j + 1].a), float_bits(pairs[j + 1].b)};
+}
+DEVICE void load_pairs(Pair (&pairs)[8], const Pair* from) {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        const Words4 words = *(const Words4*)(from + j);
+        pairs[j] = Pair{bits_float(words.x), bits_float(words.y)};
+        pairs[j + 1] = Pair{bits_float(words.z), bits_float(words.w)};
+    }
+}
 
 // What the scans read of a token: a pair for each of the thread's channels.
 struct alignas(CPT * 8) Pairs { Pair v[CPT]; };
@@ -223,7 +276,7 @@ DEVICE Pairs read_pairs(const Tile& tile, const Place& at, int t) { return *(con
 constexpr int STREAMS = 2 + GATED;
 constexpr int UNROLL = LANES < 4 ? 4 : LANES;
 
-KERNEL(forward, THREADS, 6) {
+KERNEL(forward, THREADS, 4) {
     const Place at(p);
     IO* raw = (IO*)shared_memory;                        // [2][x, dt, (z)][T][RAW]
     IO* raw_BC = raw + 2 * STREAMS * TILE;               // [2][B, C][T][NP]
@@ -234,20 +287,26 @@ KERNEL(forward, THREADS, 6) {
     load_states(h, p, at, p.initial, at.row);
     fold(h, p, at, 0, at.segment, 1);
 
+    const Channels x_stream(at.at(p.x, p.x_b, p.x_l, at.start) + at.first, p.x_l, at.columns);
+    const Channels dt_stream(at.at(p.dt, p.dt_b, p.dt_l, at.start) + at.first, p.dt_l, at.columns);
+    const Channels z_stream(at.at(p.z, p.z_b, p.z_l, at.start) + at.first, p.z_l, at.columns);
+    const Vectors B_stream(at.at(p.B, p.B_b, p.B_l, at.start) + at.group * p.B_g, p.B_l, (int)p.n);
+    const Vectors C_stream(at.at(p.C, p.C_b, p.C_l, at.start) + at.group * p.C_g, p.C_l, (int)p.n);
     const auto fetch = [&](int64 begin, int stage_number) {
         const int valid = (int)(at.stop - begin < T ? at.stop - begin : T);
+        const int64 token = begin - at.start;
         IO* to = raw + stage_number * STREAMS * TILE;
         IO* to_BC = raw_BC + stage_number * 2 * T * NP;
-        stage<CHANNELS, RAW, ALIGNED>(to, at.at(p.x, p.x_b, p.x_l, begin) + at.first, p.x_l, valid, at.columns);
-        stage<CHANNELS, RAW, ALIGNED>(to + TILE, at.at(p.dt, p.dt_b, p.dt_l, begin) + at.first, p.dt_l, valid, at.columns);
-        if constexpr (GATED)
-            stage<CHANNELS, RAW, ALIGNED>(to + 2 * TILE, at.at(p.z, p.z_b, p.z_l, begin) + at.first, p.z_l, valid, at.columns);
-        stage<NP, NP, ALIGNED_BC>(to_BC, at.at(p.B, p.B_b, p.B_l, begin) + at.group * p.B_g, p.B_l, valid, (int)p.n);
-        stage<NP, NP, ALIGNED_BC>(to_BC + T * NP, at.at(p.C, p.C_b, p.C_l, begin) + at.group * p.C_g, p.C_l, valid, (int)p.n);
+        x_stream.fetch(to, token, valid);
+        dt_stream.fetch(to + TILE, token, valid);
+        if constexpr (GATED) z_stream.fetch(to + 2 * TILE, token, valid);
+        B_stream.fetch(to_BC, token, valid);
+        C_stream.fetch(to_BC + T * NP, token, valid);
         copies_commit();
     };
     fetch(at.start, 0);
     int now = 0;
+    const int64 all_tiles = (p.length + T - 1) / T;
 #pragma unroll 1
     for (int64 begin = at.start; begin < at.stop; begin += T, now ^= 1) {
         const int valid = (int)(at.stop - begin < T ? at.stop - begin : T);
@@ -256,24 +315,23 @@ KERNEL(forward, THREADS, 6) {
         if (begin + T < at.stop) fetch(begin + T, now ^ 1);
         const IO* x_raw = raw + now * STREAMS * TILE;
         const IO* BC_raw = raw_BC + now * 2 * T * NP;
-        if (p.checkpoints && begin % CHECKPOINT == 0) {
-            const int64 checkpoints = (p.length + CHECKPOINT - 1) / CHECKPOINT;
-            store_states(p, at, p.checkpoints, at.row * checkpoints + begin / CHECKPOINT, h);
-        }
+        if (p.checkpoints) store_states(p, at, p.checkpoints, at.row * all_tiles + begin / T, h);
 
-        for (int i = threadIdx.x; i < EIGHTS; i += THREADS) {
-            const Eight e(i);
+        const bool whole = valid == T && at.columns == CHANNELS;
+        each_eight(whole, [&](Eight e, auto whole) {
             float x[8], dt[8];
+            Pair pairs[8];
             load8(x, e.in(x_raw));
             load8(dt, e.in(x_raw + TILE));
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const bool exists = e.t < valid && e.k + j < at.columns;
+                const bool exists = whole.value || (e.t < valid && e.k + j < at.columns);
                 const float step = exists ? step_size(dt[j] + tile.bias[e.k + j]) : 0.0f;
-                tile.pairs[e.t * PITCH + e.k + j] = Pair{step, exists ? step * x[j] : 0.0f};
+                pairs[j] = Pair{step, exists ? step * x[j] : 0.0f};
             }
-        }
-        tile.tokens(p, at, begin, valid, [&](int which, int t, int state) { return BC_raw[(which * T + t) * NP + state]; });
+            store_pairs(tile.pairs + e.t * PITCH + e.k, pairs);
+        });
+        tile.tokens(p, at, begin, valid, BC_raw, BC_raw + T * NP);
         block_barrier();
 
 #pragma unroll 1
@@ -312,20 +370,20 @@ KERNEL(forward, THREADS, 6) {
         }
         block_barrier();
 
-        for (int i = threadIdx.x; i < EIGHTS; i += THREADS) {
-            const Eight e(i);
-            if (e.t >= valid || e.k >= at.columns) continue;
+        IO* const y_tile = p.y + (at.row * p.length + begin) * p.d + at.first;
+        each_eight(whole, [&](Eight e, auto whole) {
+            if (!whole.value && (e.t >= valid || e.k >= at.columns)) return;
             float x[8], z[8], y[8];
             load8(x, e.in(x_raw));
             load8(y, tile.ys + e.t * ROW + e.k);
             if constexpr (GATED) load8(z, e.in(x_raw + 2 * TILE));
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                if (e.k + j < at.columns) y[j] += tile.skip[e.k + j] * x[j];
+                if (whole.value || e.k + j < at.columns) y[j] += tile.skip[e.k + j] * x[j];
                 if constexpr (GATED) y[j] *= z[j] * sigmoid(z[j]);
             }
-            write8(p.y + (at.row * p.length + begin + e.t) * p.d + at.first + e.k, y, at.columns - e.k);
-        }
+            write8(y_tile + e.t * (int)p.d + e.k, y, at.columns - e.k);
+        });
     }
     if (at.segment == p.segments - 1) store_states(p, at, p.final, at.row, h);
 }
@@ -343,7 +401,7 @@ constexpr bool FORWARD = false;
 #define SUMMARISE summarise_backward
 #endif
 
-KERNEL(SUMMARISE, THREADS, 6) {
+KERNEL(SUMMARISE, THREADS, 4) {
     const Place at(p);
     constexpr int STREAMS = FORWARD ? 2 : 2 + GATED;     // dt, and x or dy, z
     IO* raw = (IO*)shared_memory;                        // [2][STREAMS][T][RAW]
@@ -356,21 +414,21 @@ KERNEL(SUMMARISE, THREADS, 6) {
     bool cut = false;    // a document border lies between
     const int64 tiles = (at.stop - at.start + T - 1) / T;
     const auto first_token = [&](int64 number) { return at.start + (FORWARD ? tiles - 1 - number : number) * T; };
+    const Channels dt_stream(at.at(p.dt, p.dt_b, p.dt_l, at.start) + at.first, p.dt_l, at.columns);
+    const Channels in_stream = FORWARD ? Channels(at.at(p.x, p.x_b, p.x_l, at.start) + at.first, p.x_l, at.columns)
+                                       : Channels(at.at(p.dy, p.dy_b, p.dy_l, at.start) + at.first, p.dy_l, at.columns);
+    const Channels z_stream(at.at(p.z, p.z_b, p.z_l, at.start) + at.first, p.z_l, at.columns);
+    const Vectors weights = FORWARD
+        ? Vectors(at.at(p.B, p.B_b, p.B_l, at.start) + at.group * p.B_g, p.B_l, (int)p.n)
+        : Vectors(at.at(p.C, p.C_b, p.C_l, at.start) + at.group * p.C_g, p.C_l, (int)p.n);
     const auto fetch = [&](int64 number, int stage_number) {
-        const int64 begin = first_token(number);
+        const int64 begin = first_token(number), token = begin - at.start;
         const int valid = (int)(at.stop - begin < T ? at.stop - begin : T);
         IO* to = raw + stage_number * STREAMS * TILE;
-        IO* to_BC = raw_BC + stage_number * 2 * T * NP + (FORWARD ? 0 : T * NP);
-        stage<CHANNELS, RAW, ALIGNED>(to, at.at(p.dt, p.dt_b, p.dt_l, begin) + at.first, p.dt_l, valid, at.columns);
-        if constexpr (FORWARD) {
-            stage<CHANNELS, RAW, ALIGNED>(to + TILE, at.at(p.x, p.x_b, p.x_l, begin) + at.first, p.x_l, valid, at.columns);
-            stage<NP, NP, ALIGNED_BC>(to_BC, at.at(p.B, p.B_b, p.B_l, begin) + at.group * p.B_g, p.B_l, valid, (int)p.n);
-        } else {
-            stage<CHANNELS, RAW, ALIGNED>(to + TILE, at.at(p.dy, p.dy_b, p.dy_l, begin) + at.first, p.dy_l, valid, at.columns);
-            if constexpr (GATED)
-                stage<CHANNELS, RAW, ALIGNED>(to + 2 * TILE, at.at(p.z, p.z_b, p.z_l, begin) + at.first, p.z_l, valid, at.columns);
-            stage<NP, NP, ALIGNED_BC>(to_BC, at.at(p.C, p.C_b, p.C_l, begin) + at.group * p.C_g, p.C_l, valid, (int)p.n);
-        }
+        dt_stream.fetch(to, token, valid);
+        in_stream.fetch(to + TILE, token, valid);
+        if constexpr (!FORWARD && GATED) z_stream.fetch(to + 2 * TILE, token, valid);
+        weights.fetch(raw_BC + stage_number * 2 * T * NP, token, valid);
         copies_commit();
     };
     fetch(0, 0);
@@ -384,24 +442,23 @@ KERNEL(SUMMARISE, THREADS, 6) {
         if (number + 1 < tiles) fetch(number + 1, now ^ 1);
         const IO* dt_raw = raw + now * STREAMS * TILE;
         const IO* BC_raw = raw_BC + now * 2 * T * NP;
-        for (int i = threadIdx.x; i < EIGHTS; i += THREADS) {
-            const Eight e(i);
+        each_eight(valid == T && at.columns == CHANNELS, [&](Eight e, auto whole) {
             float dt[8], in[8], z[8];
+            Pair pairs[8];
             load8(dt, e.in(dt_raw));
             load8(in, e.in(dt_raw + TILE));
             if constexpr (!FORWARD && GATED) load8(z, e.in(dt_raw + 2 * TILE));
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const bool exists = e.t < valid && e.k + j < at.columns;
+                const bool exists = whole.value || (e.t < valid && e.k + j < at.columns);
                 const float step = exists ? step_size(dt[j] + tile.bias[e.k + j]) : 0.0f;
                 if constexpr (FORWARD) in[j] *= step;
                 if constexpr (!FORWARD && GATED) in[j] *= z[j] * sigmoid(z[j]);
-                tile.pairs[e.t * PITCH + e.k + j] = Pair{step, exists ? in[j] : 0.0f};
+                pairs[j] = Pair{step, exists ? in[j] : 0.0f};
             }
-        }
-        tile.tokens(p, at, begin, valid, [&](int which, int t, int state) {
-            return BC_raw[((FORWARD ? 0 : 1) * T + t) * NP + state];  // both halves of the tile get the same one
+            store_pairs(tile.pairs + e.t * PITCH + e.k, pairs);
         });
+        tile.tokens(p, at, begin, valid, BC_raw, nullptr);
         block_barrier();
 #pragma unroll 4
         for (int s = 0; s < T; s++) {
@@ -457,34 +514,40 @@ constexpr int SUBS = T / SUB;
 constexpr int TOGETHER = LANES < SUB ? LANES : SUB;                  // tokens whose sums cross lanes together
 constexpr int KEPT = 2 * NPT * LANES > 32 ? 2 * NPT * LANES / 32 : 1;  // sums of a token that a lane ends up with
 
-KERNEL(backward, THREADS, 2) {
+KERNEL(backward, THREADS, 3) {
     const Place at(p);
     IO* raw = (IO*)shared_memory;                        // [2][x, dt, dy, (z)][T][RAW]
     IO* raw_BC = raw + 2 * STREAMS * TILE;               // [2][B, C][T][NP]
     Tile tile((unsigned char*)(raw_BC + 2 * 2 * T * NP));
     float* gy = (float*)((unsigned char*)tile.pairs + Tile::BYTES);  // [T][ROW]: gradient of the ungated output
     float* starts = gy + T * ROW;                        // [SUBS][CPT][THREADS][NPT]: states before each SUB tokens
-    float* slots = starts + SUBS * CPT * THREADS * NPT;  // [WARPS][SUB][2 NP]: gradients of B and C by warp
+    float* slots = starts + SUBS * CPT * THREADS * NPT;  // [2][WARPS][SUB][2 NP]: gradients of B and C by warp
     tile.constants(p, at);
     States rates[CPT], g[CPT], dA[CPT]{};
     load_rates(rates, p, at);
     load_states(g, p, at, p.dfinal, at.row);
     fold(g, p, at, p.segments - 1, at.segment, -1);
     float d_skip[CPT]{}, d_bias[CPT]{};
-    const int64 checkpoints = (p.length + CHECKPOINT - 1) / CHECKPOINT;
+    const int64 all_tiles = (p.length + T - 1) / T;
     const auto start_of = [&](int sub, int k) { return (States*)(starts + ((sub * CPT + k) * THREADS + threadIdx.x) * NPT); };
 
+    const Channels x_stream(at.at(p.x, p.x_b, p.x_l, at.start) + at.first, p.x_l, at.columns);
+    const Channels dt_stream(at.at(p.dt, p.dt_b, p.dt_l, at.start) + at.first, p.dt_l, at.columns);
+    const Channels dy_stream(at.at(p.dy, p.dy_b, p.dy_l, at.start) + at.first, p.dy_l, at.columns);
+    const Channels z_stream(at.at(p.z, p.z_b, p.z_l, at.start) + at.first, p.z_l, at.columns);
+    const Vectors B_stream(at.at(p.B, p.B_b, p.B_l, at.start) + at.group * p.B_g, p.B_l, (int)p.n);
+    const Vectors C_stream(at.at(p.C, p.C_b, p.C_l, at.start) + at.group * p.C_g, p.C_l, (int)p.n);
     const auto fetch = [&](int64 begin, int stage_number) {
         const int valid = (int)(at.stop - begin < T ? at.stop - begin : T);
+        const int64 token = begin - at.start;
         IO* to = raw + stage_number * STREAMS * TILE;
         IO* to_BC = raw_BC + stage_number * 2 * T * NP;
-        stage<CHANNELS, RAW, ALIGNED>(to, at.at(p.x, p.x_b, p.x_l, begin) + at.first, p.x_l, valid, at.columns);
-        stage<CHANNELS, RAW, ALIGNED>(to + TILE, at.at(p.dt, p.dt_b, p.dt_l, begin) + at.first, p.dt_l, valid, at.columns);
-        stage<CHANNELS, RAW, ALIGNED>(to + 2 * TILE, at.at(p.dy, p.dy_b, p.dy_l, begin) + at.first, p.dy_l, valid, at.columns);
-        if constexpr (GATED)
-            stage<CHANNELS, RAW, ALIGNED>(to + 3 * TILE, at.at(p.z, p.z_b, p.z_l, begin) + at.first, p.z_l, valid, at.columns);
-        stage<NP, NP, ALIGNED_BC>(to_BC, at.at(p.B, p.B_b, p.B_l, begin) + at.group * p.B_g, p.B_l, valid, (int)p.n);
-        stage<NP, NP, ALIGNED_BC>(to_BC + T * NP, at.at(p.C, p.C_b, p.C_l, begin) + at.group * p.C_g, p.C_l, valid, (int)p.n);
+        x_stream.fetch(to, token, valid);
+        dt_stream.fetch(to + TILE, token, valid);
+        dy_stream.fetch(to + 2 * TILE, token, valid);
+        if constexpr (GATED) z_stream.fetch(to + 3 * TILE, token, valid);
+        B_stream.fetch(to_BC, token, valid);
+        C_stream.fetch(to_BC + T * NP, token, valid);
         copies_commit();
     };
     const int64 tiles = (at.stop - at.start + T - 1) / T;
@@ -495,31 +558,33 @@ KERNEL(backward, THREADS, 2) {
         const int64 begin = at.start + number * T;
         const int valid = (int)(at.stop - begin < T ? at.stop - begin : T);
         States h[CPT];
-        load_states(h, p, at, p.checkpoints, at.row * checkpoints + begin / CHECKPOINT);
+        load_states(h, p, at, p.checkpoints, at.row * all_tiles + begin / T);
         copies_wait<0>();
         block_barrier();
         if (number > 0) fetch(begin - T, now ^ 1);
         const IO* x_raw = raw + now * STREAMS * TILE;
         const IO* BC_raw = raw_BC + now * 2 * T * NP;
 
-        for (int i = threadIdx.x; i < EIGHTS; i += THREADS) {
-            const Eight e(i);
+        const bool whole = valid == T && at.columns == CHANNELS;
+        each_eight(whole, [&](Eight e, auto whole) {
             float x[8], dt[8], dy[8], z[8];
+            Pair pairs[8];
             load8(x, e.in(x_raw));
             load8(dt, e.in(x_raw + TILE));
             load8(dy, e.in(x_raw + 2 * TILE));
             if constexpr (GATED) load8(z, e.in(x_raw + 3 * TILE));
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const bool exists = e.t < valid && e.k + j < at.columns;
+                const bool exists = whole.value || (e.t < valid && e.k + j < at.columns);
                 const float step = exists ? step_size(dt[j] + tile.bias[e.k + j]) : 0.0f;
                 if constexpr (GATED) dy[j] *= z[j] * sigmoid(z[j]);
                 if (!exists) dy[j] = 0.0f;
-                tile.pairs[e.t * PITCH + e.k + j] = Pair{step, exists ? step * x[j] : 0.0f};
+                pairs[j] = Pair{step, exists ? step * x[j] : 0.0f};
             }
+            store_pairs(tile.pairs + e.t * PITCH + e.k, pairs);
             store8(gy + e.t * ROW + e.k, dy);
-        }
-        tile.tokens(p, at, begin, valid, [&](int which, int t, int state) { return BC_raw[(which * T + t) * NP + state]; });
+        });
+        tile.tokens(p, at, begin, valid, BC_raw, BC_raw + T * NP);
         block_barrier();
 
         // States before each SUB tokens.
@@ -545,6 +610,7 @@ KERNEL(backward, THREADS, 2) {
 #pragma unroll 1
         for (int sub = SUBS - 1; sub >= 0; sub--) {
             const int t0 = sub * SUB;
+            float* const here = slots + sub % 2 * WARPS * SUB * 2 * NP;  // in turn, so that one barrier is enough
             float decay[SUB][CPT][NPT], before[SUB + 1][CPT][NPT];
 #pragma unroll
             for (int k = 0; k < CPT; k++) h[k] = *start_of(sub, k);
@@ -622,7 +688,7 @@ KERNEL(backward, THREADS, 2) {
                         d_step[k][j - j0] = step * LN2;
                     }
                     const int own = sum_lanes<2 * NPT, LANES, 32>(dBC, at.lane);
-                    float* slot = slots + ((threadIdx.x / 32) * SUB + j) * 2 * NP + at.q * NPT;
+                    float* slot = here + ((threadIdx.x / 32) * SUB + j) * 2 * NP + at.q * NPT;
 #pragma unroll
                     for (int v = 0; v < KEPT; v++) slot[own + v < NPT ? own + v : NP + own + v - NPT] = dBC[v];
                 }
@@ -642,7 +708,7 @@ KERNEL(backward, THREADS, 2) {
                 const int t = t0 + i / (2 * NP), which = i / NP % 2, state = i % NP;
                 float sum = 0.0f;
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) sum += slots[w * SUB * 2 * NP + i];
+                for (int w = 0; w < WARPS; w++) sum += here[w * SUB * 2 * NP + i];
                 if (t < valid && state < p.n) {
                     float* to = which ? p.dC : p.dB;
                     int64 where = ((at.row * p.length + begin + t) * p.groups + at.group) * p.n + state;
@@ -653,15 +719,17 @@ KERNEL(backward, THREADS, 2) {
                     }
                 }
             }
-            block_barrier();
         }
+        block_barrier();
 
-        for (int i = threadIdx.x; i < EIGHTS; i += THREADS) {
-            const Eight e(i);
+        const int64 where = (at.row * p.length + begin) * p.d + at.first;
+        each_eight(whole, [&](Eight e, auto whole) {
             float x[8], dt[8], dy[8], z[8], gradient[8], y[8], dx[8], ddt[8], dz[8];
+            Pair pairs[8];
             load8(x, e.in(x_raw));
             load8(dt, e.in(x_raw + TILE));
             load8(gradient, gy + e.t * ROW + e.k);
+            load_pairs(pairs, tile.pairs + e.t * PITCH + e.k);
             if constexpr (GATED) {
                 load8(dy, e.in(x_raw + 2 * TILE));
                 load8(z, e.in(x_raw + 3 * TILE));
@@ -669,27 +737,27 @@ KERNEL(backward, THREADS, 2) {
             }
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const bool exists = e.t < valid && e.k + j < at.columns;
-                const Pair found = tile.pairs[e.t * PITCH + e.k + j];
+                const bool exists = whole.value || (e.t < valid && e.k + j < at.columns);
                 const float skip = exists ? tile.skip[e.k + j] : 0.0f;
                 const float raw_step = exists ? dt[j] + tile.bias[e.k + j] : 0.0f;
                 const float input = exists ? x[j] : 0.0f;
-                dx[j] = step_size(raw_step) * found.a + skip * gradient[j];
-                ddt[j] = found.b + input * found.a;
+                dx[j] = step_size(raw_step) * pairs[j].a + skip * gradient[j];
+                ddt[j] = pairs[j].b + input * pairs[j].a;
                 if constexpr (SOFTPLUS) ddt[j] *= sigmoid(raw_step);
                 if constexpr (GATED) {
                     const float s = sigmoid(z[j]);
                     dz[j] = dy[j] * (y[j] + skip * input) * s * (1.0f + z[j] * (1.0f - s));
                 }
-                tile.pairs[e.t * PITCH + e.k + j] = exists ? Pair{gradient[j] * input, ddt[j]} : Pair{0.0f, 0.0f};
+                pairs[j] = exists ? Pair{gradient[j] * input, ddt[j]} : Pair{0.0f, 0.0f};
             }
-            if (e.t < valid && e.k < at.columns) {
-                const int64 where = (at.row * p.length + begin + e.t) * p.d + at.first + e.k;
-                write8(p.dx + where, dx, at.columns - e.k);
-                write8(p.ddt + where, ddt, at.columns - e.k);
-                if constexpr (GATED) write8(p.dz + where, dz, at.columns - e.k);
+            store_pairs(tile.pairs + e.t * PITCH + e.k, pairs);
+            if (whole.value || (e.t < valid && e.k < at.columns)) {
+                const int64 to = where + e.t * (int)p.d + e.k;
+                write8(p.dx + to, dx, at.columns - e.k);
+                write8(p.ddt + to, ddt, at.columns - e.k);
+                if constexpr (GATED) write8(p.dz + to, dz, at.columns - e.k);
             }
-        }
+        });
         block_barrier();
         for (int t = at.q; t < T; t += LANES) {
             const Pairs found = read_pairs(tile, at, t);
