@@ -18,8 +18,8 @@ from mambakit.ops.operands import rows, scalars
 device = "cuda"
 dtypes = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TAPS = 8
-CHANNELS = 2
-"""Of a thread: few, since many threads with little to hold hide the way to memory best."""
+CHANNELS = {"forward": 2, "backward": 4}
+"""Of a thread: few make many threads, which hide the way to memory; more share what a token costs."""
 THREADS = 256
 TOKENS = 64 * (THREADS // 32)
 """Tokens of a block: strips of 64, one per warp."""
@@ -84,7 +84,7 @@ def forward(
     call = _Call(x, weight, bias, initial_state, seq_idx, activation)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = call.new_state()
-    call.launch("forward", CHANNELS, {"y": y, "final": final})
+    call.launch("forward", {"y": y, "final": final})
     return (y, final), []
 
 
@@ -112,7 +112,7 @@ def backward(
     dweight = torch.empty(blocks, *weight.shape, dtype=torch.float32, device=x.device)
     dbias = torch.empty(blocks, weight.shape[0], dtype=torch.float32, device=x.device)
     outputs = {"dx": dx, "dinitial": dinitial, "dweight": dweight, "dbias": dbias}
-    call.launch("backward", CHANNELS, {"dy": dy, "dfinal": dfinal, **outputs})
+    call.launch("backward", {"dy": dy, "dfinal": dfinal, **outputs})
     found = [dx, dweight.sum(0).to(weight.dtype)]
     if bias is not None:
         found.append(dbias.sum(0).to(bias.dtype))
@@ -142,9 +142,8 @@ class _Call:
         batch, _, d = self.x.shape
         return torch.empty(batch, self.weight.shape[1] - 1, d, dtype=torch.float32, device=self.x.device)
 
-    def launch(self, name: str, channels: int, tensors: dict[str, Tensor | None]) -> None:
-        """Start a kernel whose threads own `channels` channels each."""
-        x, taps = self.x, self.weight.shape[1]
+    def launch(self, name: str, tensors: dict[str, Tensor | None]) -> None:
+        x, taps, channels = self.x, self.weight.shape[1], CHANNELS[name]
         batch, length, d = x.shape
         given = {"x": x, "weight": self.weight, "bias": self.bias, "initial": self.initial}
         params = _Params()

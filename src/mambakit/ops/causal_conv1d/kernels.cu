@@ -107,68 +107,78 @@ struct Window {
     }
 };
 
-DEVICE bool begins(const Params& p, const Place& at, int64 token) {
-    if constexpr (!PACKED) return false;
-    return token > 0 && p.seq_idx[at.row * p.length + token] != p.seq_idx[at.row * p.length + token - 1];
-}
+// A strip's inputs by token, counted from its first; what lies before the row's first token is the state.
+struct Strip {
+    const IO* x;
+    const int* documents;
+    int64 start;
+    int stride;
 
-DEVICE Packed input(const Params& p, const Place& at, int64 token) {
-    return read(p.x + at.row * p.x_b + token * p.x_l + at.first, at.count);
-}
-
-// Fill a window with the W - 1 inputs before a token.
-DEVICE void fill(const Params& p, const Place& at, Window& window, int64 token) {
-    window.clear();
+    DEVICE Strip(const Params& p, const Place& at) {
+        x = p.x + at.row * p.x_b + at.start * p.x_l + at.first;
+        documents = PACKED ? p.seq_idx + at.row * p.length + at.start : nullptr;
+        start = at.start, stride = (int)p.x_l;
+    }
+    DEVICE bool begins(int t) const {
+        if constexpr (!PACKED) return false;
+        return start + t > 0 && documents[t] != documents[t - 1];
+    }
+    DEVICE Packed input(int t, int count) const { return read(x + t * stride, count); }
+    // Fill a window with the W - 1 inputs before the strip.
+    DEVICE void fill(const Params& p, const Place& at, Window& window) const {
+        window.clear();
 #pragma unroll
-    for (int k = 1; k < W; k++) {
-        const int64 earlier = token - W + k;
-        if (earlier >= 0) {
-            window.push(unpack(input(p, at, earlier)), begins(p, at, earlier));
-        } else {
-            const int64 state = (at.row * (W - 1) + earlier + W - 1) * p.d + at.first;
-            window.push(read_floats(p.initial ? p.initial + state : nullptr, 1, at.count), false);
+        for (int t = 1 - W; t < 0; t++) {
+            if (start + t >= 0) {
+                window.push(unpack(input(t, at.count)), begins(t));
+            } else {
+                const int64 state = (at.row * (W - 1) + t + W - 1) * p.d + at.first;
+                window.push(read_floats(p.initial ? p.initial + state : nullptr, 1, at.count), false);
+            }
         }
     }
-}
+};
 
 // =========================================================================================================
 #ifdef KERNEL_forward
 
-KERNEL(forward, THREADS, 4) {
+KERNEL(forward, THREADS, CH <= 2 ? 4 : 3) {
     const Place at(p);
     if (at.count == 0 || at.start >= at.stop) return;
     Values weight[W];
 #pragma unroll
     for (int k = 0; k < W; k++) weight[k] = read_floats(p.weight + at.first * W + k, W, at.count);
     const Values bias = read_floats(p.bias ? p.bias + at.first : nullptr, 1, at.count);
+    const Strip strip(p, at);
     Window window;
-    fill(p, at, window, at.start);
+    strip.fill(p, at, window);
+    IO* const y = p.y + (at.row * p.length + at.start) * p.d + at.first;
+    const int tokens = (int)(at.stop - at.start), y_stride = (int)p.d;
     Packed next[AHEAD];
 #pragma unroll
     for (int j = 0; j < AHEAD; j++)
-        if (at.start + j < at.stop) next[j] = input(p, at, at.start + j);
-    for (int64 t0 = at.start; t0 < at.stop; t0 += AHEAD) {
+        if (j < tokens) next[j] = strip.input(j, at.count);
+    for (int t0 = 0; t0 < tokens; t0 += AHEAD) {
         Packed here[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             here[j] = next[j];
-            if (t0 + AHEAD + j < at.stop) next[j] = input(p, at, t0 + AHEAD + j);
+            if (t0 + AHEAD + j < tokens) next[j] = strip.input(t0 + AHEAD + j, at.count);
         }
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
-            const int64 t = t0 + j;
-            if (t >= at.stop) break;
-            window.push(unpack(here[j]), begins(p, at, t));
-            Values y = bias;
+            if (t0 + j >= tokens) break;
+            window.push(unpack(here[j]), strip.begins(t0 + j));
+            Values out = bias;
 #pragma unroll
             for (int k = 0; k < W; k++)
 #pragma unroll
-                for (int c = 0; c < CH; c++) y.v[c] += weight[k].v[c] * window.x[k].v[c];
+                for (int c = 0; c < CH; c++) out.v[c] += weight[k].v[c] * window.x[k].v[c];
             if constexpr (SILU) {
 #pragma unroll
-                for (int c = 0; c < CH; c++) y.v[c] *= sigmoid(y.v[c]);
+                for (int c = 0; c < CH; c++) out.v[c] *= sigmoid(out.v[c]);
             }
-            write(p.y + (at.row * p.length + t) * p.d + at.first, y, at.count);
+            write(y + (t0 + j) * y_stride, out, at.count);
         }
     }
     if (at.stop == p.length) {
@@ -183,7 +193,7 @@ KERNEL(forward, THREADS, 4) {
 #ifdef KERNEL_backward
 
 // dx lags W - 1 tokens behind: pending[k] is the gradient so far of the input in the window's place k.
-KERNEL(backward, THREADS, 3) {
+KERNEL(backward, THREADS, CH <= 2 ? 3 : 2) {
     const Place at(p);
     Values dweight[W], dbias{};
 #pragma unroll
@@ -196,80 +206,90 @@ KERNEL(backward, THREADS, 3) {
             pending[k] = Values{};
         }
         const Values bias = read_floats(p.bias ? p.bias + at.first : nullptr, 1, at.count);
+        const Strip strip(p, at);
         Window window;
-        fill(p, at, window, at.start);
-        // An input that no later output of this strip can reach: to memory, if it is the strip's.
-        const auto retire = [&](int64 token, const Values& gradient) {
-            if (token >= at.start && token < at.stop) {
-                write(p.dx + (at.row * p.length + token) * p.d + at.first, gradient, at.count);
-            } else if (token < 0 && token > -W && at.start == 0 && p.dinitial) {
+        strip.fill(p, at, window);
+        const int tokens = (int)(at.stop - at.start), d = (int)p.d, dy_stride = (int)p.dy_l;
+        // Later tokens whose outputs reach back into the strip.
+        const int64 after = p.length - at.stop;
+        const int reach = tokens + (after < W - 1 ? (int)after : W - 1);
+        const IO* const dy = p.dy + at.row * p.dy_b + at.start * p.dy_l + at.first;
+        IO* const dx = p.dx + (at.row * p.length + at.start) * p.d + at.first;
+
+        // Before the strip's own: inputs of the strip before, which writes them, or the state.
+        const auto retire_early = [&](int token, const Values& gradient) {
+            if (at.start == 0 && p.dinitial && token >= 1 - W)
                 write_floats(p.dinitial + (at.row * (W - 1) + token + W - 1) * p.d + at.first, gradient, at.count);
-            }
         };
-        const int64 reach = at.stop + W - 1 < p.length ? at.stop + W - 1 : p.length;
+        const auto step = [&](int t, const Packed& x, const Packed& gradient, bool own) {
+            window.push(unpack(x), strip.begins(t));
+#pragma unroll
+            for (int k = 0; k < W - 1; k++) pending[k] = pending[k + 1];
+            pending[W - 1] = Values{};
+            Values g = unpack(gradient);
+            if constexpr (SILU) {
+#pragma unroll
+                for (int c = 0; c < CH; c++) {
+                    float u = bias.v[c];
+#pragma unroll
+                    for (int k = 0; k < W; k++) u += weight[k].v[c] * window.x[k].v[c];
+                    const float s = sigmoid(u);
+                    g.v[c] *= s * (1.0f + u * (1.0f - s));
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < W; k++) {
+                const bool reached = !PACKED || W - k <= window.depth;
+#pragma unroll
+                for (int c = 0; c < CH; c++) {
+                    if (reached) pending[k].v[c] += weight[k].v[c] * g.v[c];
+                    if (own) dweight[k].v[c] += g.v[c] * window.x[k].v[c];
+                }
+            }
+            if (own) {
+#pragma unroll
+                for (int c = 0; c < CH; c++) dbias.v[c] += g.v[c];
+            }
+            // The oldest input has met all its outputs.
+            const int done = t - W + 1;
+            if (done >= 0) write(dx + done * d, pending[0], at.count);
+            else retire_early(done, pending[0]);
+        };
         Packed next_x[AHEAD], next_dy[AHEAD];
-        const auto fetch = [&](int j, int64 token) {
-            if (token >= reach) return;
-            next_x[j] = input(p, at, token);
-            next_dy[j] = read(p.dy + at.row * p.dy_b + token * p.dy_l + at.first, at.count);
-        };
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) fetch(j, at.start + j);
-        for (int64 t0 = at.start; t0 < reach; t0 += AHEAD) {
-            Packed x[AHEAD], dy[AHEAD];
-#pragma unroll
-            for (int j = 0; j < AHEAD; j++) {
-                x[j] = next_x[j], dy[j] = next_dy[j];
-                fetch(j, t0 + AHEAD + j);
-            }
-#pragma unroll
-            for (int j = 0; j < AHEAD; j++) {
-                const int64 t = t0 + j;
-                if (t >= reach) break;
-                if (W > 1) retire(t - W, pending[0]);
-                window.push(unpack(x[j]), begins(p, at, t));
-#pragma unroll
-                for (int k = 0; k < W - 1; k++) pending[k] = pending[k + 1];
-                pending[W - 1] = Values{};
-                Values g = unpack(dy[j]);
-                if constexpr (SILU) {
-#pragma unroll
-                    for (int c = 0; c < CH; c++) {
-                        float u = bias.v[c];
-#pragma unroll
-                        for (int k = 0; k < W; k++) u += weight[k].v[c] * window.x[k].v[c];
-                        const float s = sigmoid(u);
-                        g.v[c] *= s * (1.0f + u * (1.0f - s));
-                    }
-                }
-#pragma unroll
-                for (int k = 0; k < W; k++) {
-                    const bool reached = !PACKED || W - k <= window.depth;
-#pragma unroll
-                    for (int c = 0; c < CH; c++) {
-                        if (reached) pending[k].v[c] += weight[k].v[c] * g.v[c];
-                        if (t < at.stop) dweight[k].v[c] += g.v[c] * window.x[k].v[c];
-                    }
-                }
-                if (t < at.stop) {
-#pragma unroll
-                    for (int c = 0; c < CH; c++) dbias.v[c] += g.v[c];
-                }
-                if (W == 1) retire(t, pending[0]);
-            }
+        for (int j = 0; j < AHEAD; j++) {
+            if (j >= reach) continue;
+            next_x[j] = strip.input(j, at.count);
+            next_dy[j] = read(dy + j * dy_stride, at.count);
         }
-        if (W > 1) {
-            retire(reach - W, pending[0]);
+        for (int t0 = 0; t0 < reach; t0 += AHEAD) {
+            Packed here_x[AHEAD], here_dy[AHEAD];
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                here_x[j] = next_x[j], here_dy[j] = next_dy[j];
+                const int t = t0 + AHEAD + j;
+                if (t >= reach) continue;
+                next_x[j] = strip.input(t, at.count);
+                next_dy[j] = read(dy + t * dy_stride, at.count);
+            }
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                if (t0 + j < reach) step(t0 + j, here_x[j], here_dy[j], t0 + j < tokens);
+        }
+        if (reach < tokens + W - 1) {
+            // The sequence ends in reach: the final state is the window, and its gradient reaches inputs of the
+            // last document.
 #pragma unroll
             for (int k = 1; k < W; k++) {
-                // The final state is the window: its gradient reaches inputs of the last document.
-                if (reach == p.length && (!PACKED || W - k <= window.depth)) {
-                    const int64 state = (at.row * (W - 1) + k - 1) * p.d + at.first;
-                    const Values extra = read_floats(p.dfinal + state, 1, at.count);
+                if (!PACKED || W - k <= window.depth) {
+                    const Values extra = read_floats(p.dfinal + (at.row * (W - 1) + k - 1) * p.d + at.first, 1, at.count);
 #pragma unroll
                     for (int c = 0; c < CH; c++) pending[k].v[c] += extra.v[c];
                 }
-                retire(reach - W + k, pending[k]);
+                const int token = reach - W + k;
+                if (token >= tokens) continue;
+                if (token >= 0) write(dx + token * d, pending[k], at.count);
+                else retire_early(token, pending[k]);
             }
         }
     }
