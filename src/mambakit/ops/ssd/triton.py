@@ -22,6 +22,8 @@ HEADS = 16
 """Heads whose step sizes are prepared together."""
 CHUNK = 64
 """Tokens of a chunk: the least that fills a matrix unit; longer ones compute more inside the chunk."""
+STATES = 64
+"""States of a program in `matrix_gradients`."""
 MOST_CHANNELS = 128
 MOST_STATES = 256
 PROGRAMS_PER_PROCESSOR = 2
@@ -147,7 +149,7 @@ class _Call:
     def backward(self, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor | None]:
         dy, dfinal = rows(dy, self.x.dtype), scalars(dfinal)
         decays = self._prepare()
-        steps, _, entry, end, total, _ = decays
+        steps, since, entry, end, total, borders = decays
         segment, count = self._segments(2)
         local, passed = self._summaries(self.x, self.B, decays, segment, count, reverse=False)
         dlocal, dpassed = self._summaries(dy, self.C, decays, segment, count, reverse=True)
@@ -170,25 +172,28 @@ class _Call:
         programs = self.batch * self.chunks * self.groups
         together, parts = self._heads_together(programs)
         kernels.input_gradients[(programs * parts,)](
-            self.x, dy, self.B, self.C, self.A, self.D, *decays, entering, leaving, dx, dsteps, dlogs, dD,
-            *strides, *self._skip_strides(),
+            self.x, dy, self.B, self.C, self.A, self.D, steps, since, end, borders, leaving,
+            dx, dsteps, dlogs, dD, *strides, *self._skip_strides(),
             self.length, self.h, self.groups, self.per_group, together, self.chunks,
             Q=CHUNK, **self.sizes, **self.packed, **self.precision, **LAUNCH["input_gradients"],
         )  # fmt: skip
-        states_together = min(64, self.sizes["N"])
+        states_together = min(STATES, self.sizes["N"])
         state_parts = -(-self.n // states_together)
         together, parts = self._heads_together(programs * state_parts)
         dB, dC = (torch.empty(parts, *self.B.shape, **wide) for _ in range(2))
+        inflow, overlap = (torch.empty(state_parts, *t.shape, **wide) for t in (steps, total))
         kernels.matrix_gradients[(programs * parts, state_parts)](
-            self.x, dy, self.B, self.C, self.A, *decays[:4], decays[5], entering, leaving, dB, dC, *strides,
+            self.x, dy, self.B, self.C, self.A, steps, since, entry, end, borders, entering, leaving,
+            dB, dC, inflow, overlap, *strides,
             self.batch, self.length, self.h, self.groups, self.per_group, together, self.chunks,
             Q=CHUNK, p=self.p, n=self.n, P=self.sizes["P"], S=states_together,
             **self.packed, **self.precision, **LAUNCH["matrix_gradients"],
         )  # fmt: skip
         dA, ddt_bias = (torch.empty(by_chunk, **wide) for _ in range(2))
         kernels.finish[self._step_grid()](
-            self.dt, self.A, self.dt_bias, steps, dsteps, dlogs, ddt, dA, ddt_bias, *self.dt.stride(),
-            self.length, self.h, self.chunks, **self.limits, Q=CHUNK, H=HEADS, **self.softplus,
+            self.dt, self.A, self.dt_bias, steps, total, dsteps, dlogs, inflow, overlap, ddt, dA, ddt_bias,
+            *self.dt.stride(), self.length, self.h, self.chunks, total.numel(), **self.limits,
+            PARTS=state_parts, Q=CHUNK, H=HEADS, **self.softplus,
         )  # fmt: skip
         if dD is not None:
             dD = dD.sum((0, 1)) if self.D.dim() == 2 else dD.sum((0, 1, 3))

@@ -124,22 +124,39 @@ def prepare(
 
 @triton.jit
 def finish(
-    dt, A, dt_bias, steps, dsteps, dlogs, ddt, dA, ddt_bias,
-    dt_b, dt_l, dt_h, length, h, chunks, dt_min, dt_max,
-    Q: tl.constexpr, H: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
+    dt, A, dt_bias, steps, total, dsteps, dlogs, inflow, overlap, ddt, dA, ddt_bias,
+    dt_b, dt_l, dt_h, length, h, chunks, cells, dt_min, dt_max,
+    PARTS: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
-    """From gradients of step sizes (not by their decays) and of the decays' natural logarithms, (b, h, c, Q) each,
-    those of the raw step sizes (b, l, h) and, by chunk, of A and of the bias (b, c, h)."""
+    """Gradients of the raw step sizes (b, l, h) and, by chunk, of A and of the bias (b, c, h).
+
+    From what the other kernels found, as (b, h, c, Q) each: `dsteps`, of step sizes but by their decays; `dlogs`,
+    of the decays' natural logarithms but through the state that enters; `inflow` (in PARTS, `cells` numbers
+    apart), what each token reads from that state; and as (b, h, c), in PARTS, its `overlap` with the gradient of
+    the state that leaves.
+    """
     chunk, part, row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.arange(0, Q)
     heads = part * H + tl.arange(0, H)
     begin = chunk * Q
     mask = (t < length - begin)[:, None] & (heads[None, :] < h)
     rate = tl.load(A + heads, mask=heads < h, other=0.0)
-    at = ((row * h + heads) * chunks + chunk) * Q
-    step = tl.load(steps + at[None, :] + t[:, None], mask=mask, other=0.0)
-    dlog = tl.load(dlogs + at[None, :] + t[:, None], mask=mask, other=0.0)
-    found = tl.load(dsteps + at[None, :] + t[:, None], mask=mask, other=0.0) + rate[None, :] * dlog
+    of_chunk = (row * h + heads) * chunks + chunk
+    at = of_chunk[None, :] * Q + t[:, None]
+    read = tl.zeros((Q, H), dtype=tl.float32)
+    both = tl.zeros((H,), dtype=tl.float32)
+    for i in range(PARTS):
+        read += tl.load(inflow + i * cells * Q + at, mask=mask, other=0.0)
+        both += tl.load(overlap + i * cells + of_chunk, mask=heads < h, other=0.0)
+    # A decay before a token acts on all that passes it from the entry: to later tokens, and to the end.
+    kept = tl.exp2(tl.load(total + of_chunk, mask=heads < h, other=0.0))
+    dlog = (
+        tl.load(dlogs + at, mask=mask, other=0.0)
+        + tl.cumsum(read, axis=0, reverse=True)
+        + (kept * both)[None, :]
+    )
+    dlog = tl.where(mask, dlog, 0.0)
+    found = tl.load(dsteps + at, mask=mask, other=0.0) + rate[None, :] * dlog
     raw = _raw_steps(dt + row * dt_b + begin * dt_l, dt_l, dt_h, dt_bias, heads, t, mask)
     if CLAMP:
         free = _softplus(raw) if SOFTPLUS else raw
@@ -149,6 +166,7 @@ def finish(
     to = ddt + ((row * length + begin) * h + t[:, None] * h + heads[None, :])
     tl.store(to, found.to(ddt.dtype.element_ty), mask=mask)
     by_chunk = (row * chunks + chunk) * h + heads
+    step = tl.load(steps + at, mask=mask, other=0.0)
     tl.store(dA + by_chunk, tl.sum(step * dlog, axis=0), mask=heads < h)
     tl.store(ddt_bias + by_chunk, tl.sum(tl.where(mask, found, 0.0), axis=0), mask=heads < h)
 
@@ -384,7 +402,7 @@ def states(
 
 @triton.jit
 def input_gradients(
-    x, dy, B, C, A, D, steps, since, entry, end, total, borders, entering, leaving, dx, dsteps, dlogs, dD,
+    x, dy, B, C, A, D, steps, since, end, borders, leaving, dx, dsteps, dlogs, dD,
     x_b, x_l, x_h, dy_b, dy_l, dy_h, B_b, B_l, B_g, C_b, C_l, C_g, D_h, D_p,
     length, h, groups, heads_per_group, heads_together, chunks,
     Q: tl.constexpr, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -421,7 +439,6 @@ def input_gradients(
         at = ((row * h + head) * chunks + chunk) * Q
         x_chunk = _load(x + head * x_h, x_l, exists, Q, p, P)
         dy_chunk = _load(dy + head * dy_h, dy_l, exists, Q, p, P)
-        state = _load_state(entering + where * p * n, p, n, P, N)
         dstate = _load_state(leaving + where * p * n, p, n, P, N)
         step = tl.load(steps + at + t)
         rate = tl.load(A + head) * LOG2E
@@ -439,32 +456,26 @@ def input_gradients(
         dinput += _product(weights.to(x_chunk.dtype), dy_chunk, PRECISION)
         tl.store(dsteps + at + t, tl.sum(dinput * x_wide, axis=1))
         dinput *= step[:, None]
-        dy_wide = dy_chunk.to(tl.float32)
         if D is not None:
+            dy_wide = dy_chunk.to(tl.float32)
             dinput += dy_wide * tl.load(D + head * D_h + i * D_p, mask=i < p, other=0.0)[None, :]
             tl.store(dD + where * p + i, tl.sum(dy_wide * x_wide, axis=0), mask=i < p)
         _store(dx + head * p, h * p, dinput, exists, Q, p, P)
 
-        # A token's decay acts on all that passes it: inside, from the entry, to the end, and throughout.
-        reads = _product(C_chunk, tl.trans(state), PRECISION) * dy_wide
-        inflow = tl.sum(reads, axis=1) * tl.exp2(tl.load(entry + at + t))
-        kept = tl.exp2(tl.load(total + at // Q))
-        # <state, dstate> as the trace of a product: element by element it would take all registers.
-        overlap = tl.where(i[:, None] == i[None, :], _product(state, tl.trans(dstate), PRECISION), 0.0)
-        passing = kept * tl.sum(tl.sum(overlap, axis=1), axis=0)
-        dlog += tl.cumsum(inflow, axis=0, reverse=True) + (tl.cumsum(outflow, axis=0) - outflow) + passing
-        tl.store(dlogs + at + t, dlog)
+        # A token's decay acts on all that passes it: inside, and to the end (see `finish` for the entry).
+        tl.store(dlogs + at + t, dlog + (tl.cumsum(outflow, axis=0) - outflow))
 
 
 @triton.jit
 def matrix_gradients(
-    x, dy, B, C, A, steps, since, entry, end, borders, entering, leaving, dB, dC,
+    x, dy, B, C, A, steps, since, entry, end, borders, entering, leaving, dB, dC, inflow, overlap,
     x_b, x_l, x_h, dy_b, dy_l, dy_h, B_b, B_l, B_g, C_b, C_l, C_g,
     batch, length, h, groups, heads_per_group, heads_together, chunks,
     Q: tl.constexpr, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a chunk's B and C, for S of its states (program axis 1), over some of the heads that share them."""
+    """Gradients of a chunk's B and C, for S of its states (program axis 1), over some of the heads that share them;
+    and for each head what it reads from the state that enters, and that state's overlap with `leaving`."""
     pid = tl.program_id(0).to(tl.int64)
     parts = (heads_per_group + heads_together - 1) // heads_together
     part, rest = pid % parts, pid // parts
@@ -485,6 +496,9 @@ def matrix_gradients(
 
     head_0 = group * heads_per_group + part * heads_together
     head_1 = tl.minimum(head_0 + heads_together, (group + 1) * heads_per_group)
+    B += row * B_b + group * B_g + begin * B_l
+    C += row * C_b + group * C_g + begin * C_l
+    C_chunk = tl.load(C + (t[:, None] * C_l + j[None, :]), mask=in_B, other=0.0)
     for head in range(head_0, head_1):
         where = ((row * chunks + chunk) * h + head) * p * n
         at = ((row * h + head) * chunks + chunk) * Q
@@ -498,13 +512,15 @@ def matrix_gradients(
         dscores += _product(x_chunk, tl.trans(dy_chunk), PRECISION) * decays * step[:, None]
         read = (dy_chunk * tl.exp2(tl.load(entry + at + t))[:, None]).to(x_chunk.dtype)
         written = (x_chunk * (tl.exp2(tl.load(end + at + t)) * step)[:, None]).to(x_chunk.dtype)
-        dC_sum += _product(read, state, PRECISION)
         dB_sum += _product(written, dstate, PRECISION)
+        reads = _product(read, state, PRECISION)
+        dC_sum += reads
+        part_of = tl.program_id(1).to(tl.int64) * batch * h * chunks
+        tl.store(inflow + part_of * Q + at + t, tl.sum(reads * C_chunk, axis=1))
+        shared = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1), axis=0)
+        tl.store(overlap + part_of + at // Q, shared)
 
-    B += row * B_b + group * B_g + begin * B_l
-    C += row * C_b + group * C_g + begin * C_l
     B_chunk = tl.load(B + (t[:, None] * B_l + j[None, :]), mask=in_B, other=0.0)
-    C_chunk = tl.load(C + (t[:, None] * C_l + j[None, :]), mask=in_B, other=0.0)
     dscores = dscores.to(B_chunk.dtype)
     dB_sum += _product(dscores, C_chunk, PRECISION)
     dC_sum += _product(tl.trans(dscores), B_chunk, PRECISION)
