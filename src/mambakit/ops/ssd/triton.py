@@ -22,7 +22,7 @@ HEADS = 16
 """Heads whose step sizes are prepared together."""
 CHUNK = 64
 """Tokens of a chunk: the least that fills a matrix unit; longer ones compute more inside the chunk."""
-STATES = 64
+STATES = 128
 """States of a program in `matrix_gradients`."""
 MOST_CHANNELS = 128
 MOST_STATES = 256
@@ -32,7 +32,7 @@ LAUNCH = {
     "forward": {"num_warps": 4, "num_stages": 2},
     "states": {"num_warps": 4, "num_stages": 2},
     "input_gradients": {"num_warps": 4, "num_stages": 1},
-    "matrix_gradients": {"num_warps": 4, "num_stages": 2},
+    "matrix_gradients": {"num_warps": 8, "num_stages": 2},
 }
 """Warps of a program and chunks in flight, by kernel."""
 _PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
