@@ -1,4 +1,6 @@
-"""Splitting time over a GPU: into how many segments a sequence is cut when its rows and channels fill no GPU."""
+"""Splitting time over a GPU: into how many segments a sequence is cut when its rows and channels fill no
+GPU.
+"""
 
 from __future__ import annotations
 

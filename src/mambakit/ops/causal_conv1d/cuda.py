@@ -1,6 +1,7 @@
 """The causal convolution on NVIDIA GPUs: what `kernels.cu` needs to be told, and how its work is divided.
 
-Inputs may be slices of a larger tensor: only their last axis has to be contiguous. All sums have a fixed order.
+Inputs may be slices of a larger tensor: only their last axis has to be contiguous. All sums have a fixed
+order.
 """
 
 from __future__ import annotations

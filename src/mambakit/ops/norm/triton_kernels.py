@@ -1,7 +1,7 @@
 """Triton kernels of the norms: each tensor is read once and written once, in either direction.
 
-A program normalises R rows of one group of channels at a time, a row of `size` channels padded to SIZE. In the
-backward pass it walks over many rows and keeps the sums for weight and bias in registers; `u` is what is
+A program normalises R rows of one group of channels at a time, a row of `size` channels padded to SIZE. In
+the backward pass it walks over many rows and keeps the sums for weight and bias in registers; `u` is what is
 normalised: the input, or the gated input.
 """
 

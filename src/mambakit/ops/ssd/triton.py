@@ -1,8 +1,8 @@
 """State space duality on GPUs: how the Triton kernels of `triton_kernels.py` are started, and on what.
 
-Inputs may be slices of a larger tensor: only their last axis has to be contiguous. Activations are multiplied in
-their own type with float32 sums; float32 activations follow PyTorch's switch for matrix products
-(`torch.set_float32_matmul_precision`). All sums are taken in a fixed order.
+Inputs may be slices of a larger tensor: only their last axis has to be contiguous. Activations are
+multiplied in their own type with float32 sums; float32 activations follow PyTorch's switch for matrix
+products (`torch.set_float32_matmul_precision`). All sums are taken in a fixed order.
 """
 
 from __future__ import annotations

@@ -1,24 +1,24 @@
 """Triton kernels of state space duality: every product on the matrix units, every state in float32.
 
-`prepare` turns raw step sizes into what the others need of them: step sizes, and logarithms (powers of two) of
-the decays from a chunk's entry, and to its end. `finish` is its derivative.
+`prepare` turns raw step sizes into what the others need of them: step sizes, and logarithms (powers of two)
+of the decays from a chunk's entry, and to its end. `finish` is its derivative.
 
-The forward pass is one more kernel: a program owns a head of a row and walks through its chunks of Q tokens with
-the state in registers, so that no state but the last goes to memory. B C^T is computed again for every head,
-which is cheaper than a pass over memory.
+The forward pass is one more kernel: a program owns a head of a row and walks through its chunks of Q tokens
+with the state in registers, so that no state but the last goes to memory. B C^T is computed again for every
+head, which is cheaper than a pass over memory.
 
-The backward pass is three. `states` walks the chunks twice, forwards for the state that enters each chunk and
-backwards for the gradient of the one that leaves it, and writes both. `input_gradients` and `matrix_gradients`
-are then parallel over chunks: a program loops over the heads that share a chunk's B and C, so that B C^T is
-computed once, and the gradients of B and C are summed in registers. (Both in one kernel need twice the
-registers there are.)
+The backward pass is three. `states` walks the chunks twice, forwards for the state that enters each chunk
+and backwards for the gradient of the one that leaves it, and writes both. `input_gradients` and
+`matrix_gradients` are then parallel over chunks: a program loops over the heads that share a chunk's B and
+C, so that B C^T is computed once, and the gradients of B and C are summed in registers. (Both in one kernel
+need twice the registers there are.)
 
-Where rows x heads fill no GPU, time is split into segments; `summarise` gives what a segment leaves behind on
-its own, walking from the border that matters until all is forgotten, and every program folds the summaries
-before its own.
+Where rows x heads fill no GPU, time is split into segments; `summarise` gives what a segment leaves behind
+on its own, walking from the border that matters until all is forgotten, and every program folds the
+summaries before its own.
 
-Lengths: b batch, l tokens, h heads, p channels of a head, g groups, n states, c chunks of Q tokens; P and N are
-p and n padded to powers of two. See MATH.md.
+Lengths: b batch, l tokens, h heads, p channels of a head, g groups, n states, c chunks of Q tokens; P and N
+are p and n padded to powers of two. See MATH.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 GONE = tl.constexpr(-40.0)  # 2 to this power counts as nothing
 NEVER = tl.constexpr(-1.0e30)  # the logarithm of a decay across a document's border
 
@@ -74,10 +73,11 @@ def prepare(
     dt_b, dt_l, dt_h, length, h, chunks, dt_min, dt_max,
     Q: tl.constexpr, H: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """For H heads of a chunk, as (b, h, c, Q): step sizes, zero where there is no token; logarithms of the decay
-    from the entry (`since`; from a later document's first token), from the entry to tokens of the document that
-    enters (`entry`), and to the end from tokens of the document that leaves (`end`). As (b, h, c): of the whole
-    chunk (`total`). As (b, c, Q): document borders up to each token, counted from the token before the chunk.
+    """For H heads of a chunk, as (b, h, c, Q): step sizes, zero where there is no token; logarithms of the
+    decay from the entry (`since`; from a later document's first token), from the entry to tokens of the
+    document that enters (`entry`), and to the end from tokens of the document that leaves (`end`). As (b, h,
+    c): of the whole chunk (`total`). As (b, c, Q): document borders up to each token, counted from the token
+    before the chunk.
     """
     chunk, part, row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.arange(0, Q)
@@ -130,10 +130,10 @@ def finish(
 ):  # fmt: skip
     """Gradients of the raw step sizes (b, l, h) and, by chunk, of A and of the bias (b, c, h).
 
-    From what the other kernels found, as (b, h, c, Q) each: `dsteps`, of step sizes but by their decays; `dlogs`,
-    of the decays' natural logarithms but through the state that enters; `inflow` (in PARTS, `cells` numbers
-    apart), what each token reads from that state; and as (b, h, c), in PARTS, its `overlap` with the gradient of
-    the state that leaves.
+    From what the other kernels found, as (b, h, c, Q) each: `dsteps`, of step sizes but by their decays;
+    `dlogs`, of the decays' natural logarithms but through the state that enters; `inflow` (in PARTS, `cells`
+    numbers apart), what each token reads from that state; and as (b, h, c), in PARTS, its `overlap` with the
+    gradient of the state that leaves.
     """
     chunk, part, row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.arange(0, Q)
@@ -208,7 +208,10 @@ def _product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _fold(state, local, passed, begin, end, step, h, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr):  # fmt: skip
+def _fold(
+    state, local, passed, begin, end, step, h,
+    p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     """The state that enters a segment: fold the summaries (segments, h, ...) from `begin` towards `end`."""
     j = begin
     while j != end:
@@ -220,14 +223,18 @@ def _fold(state, local, passed, begin, end, step, h, p: tl.constexpr, n: tl.cons
 
 
 @triton.jit
-def _pair_decays(steps, since, borders, at, to_rows, rate, exists, Q: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Decay (Q, Q) from each token to each one that sees it, the earlier token along columns or, `to_rows`, rows.
+def _pair_decays(
+    steps, since, borders, at, rate,
+    TO_ROWS: tl.constexpr, Q: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Decay (Q, Q) from each token to each one that sees it, the earlier token along columns or,
+    with TO_ROWS, along rows.
 
     EXACT sums pair by pair. Differences of one running sum are cheaper but have only its absolute precision,
     enough for activations of 16 bits.
     """
     t = tl.arange(0, Q)
-    if to_rows:
+    if TO_ROWS:
         sees = t[:, None] <= t[None, :]
     else:
         sees = t[:, None] >= t[None, :]
@@ -236,13 +243,13 @@ def _pair_decays(steps, since, borders, at, to_rows, rate, exists, Q: tl.constex
         sees = sees & (document[:, None] == document[None, :])
     if EXACT:
         logs = tl.load(steps + at + t) * rate
-        if to_rows:
+        if TO_ROWS:
             found = tl.cumsum(tl.where(t[None, :] > t[:, None], logs[None, :], 0.0), axis=1)
         else:
             found = tl.cumsum(tl.where(t[:, None] > t[None, :], logs[:, None], 0.0), axis=0)
     else:
         own = tl.load(since + at + t)
-        found = own[None, :] - own[:, None] if to_rows else own[:, None] - own[None, :]
+        found = own[None, :] - own[:, None] if TO_ROWS else own[:, None] - own[None, :]
     return tl.exp2(tl.where(sees, found, NEVER))
 
 
@@ -329,7 +336,7 @@ def forward(
         out *= tl.exp2(tl.load(entry + at * Q + t))[:, None]
         scores = _product(C_chunk, tl.trans(B_chunk), PRECISION)  # (Q, Q)
         own = borders + (row * chunks + begin // Q) * Q if PACKED else borders
-        scores *= _pair_decays(steps, since, own, at * Q, False, rate, exists, Q, PACKED, EXACT)
+        scores *= _pair_decays(steps, since, own, at * Q, rate, False, Q, PACKED, EXACT)
         scores *= step[None, :]
         out += _product(scores.to(x_chunk.dtype), x_chunk, PRECISION)
         if D is not None:
@@ -351,9 +358,10 @@ def states(
     local, passed, dlocal, dpassed,
     x_b, x_l, x_h, dy_b, dy_l, dy_h, B_b, B_l, B_g, C_b, C_l, C_g,
     length, h, heads_per_group, segment, segments, chunks,
-    Q: tl.constexpr, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    Q: tl.constexpr, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters every chunk (program axis 1 = 0), or the gradient of the one that leaves it (1)."""
+    """The state that enters every chunk (program axis 1 = 0), or the gradient of the one leaving it (1)."""
     pid = tl.program_id(0).to(tl.int64)
     head, part, row = pid % h, (pid // h) % segments, pid // h // segments
     t = tl.arange(0, Q)
@@ -420,8 +428,8 @@ def input_gradients(
     begin = chunk * Q
     t, i = tl.arange(0, Q), tl.arange(0, P)
     exists = t < length - begin
-    # For each token (column), 1 at itself and those after it; through float32, as the interpreter casts no truth
-    # value to bf16.
+    # For each token (column), 1 at itself and those after it; through float32, as the interpreter casts no
+    # truth value to bf16.
     after = (t[:, None] >= t[None, :]).to(tl.float32).to(x.dtype.element_ty)
     if PACKED:
         borders += (row * chunks + chunk) * Q
@@ -444,7 +452,7 @@ def input_gradients(
         rate = tl.load(A + head) * LOG2E
 
         # Pairs of tokens inside the chunk, and the decays that each token's pairs pass.
-        weights = scores * _pair_decays(steps, since, borders, at, True, rate, exists, Q, PACKED, EXACT)
+        weights = scores * _pair_decays(steps, since, borders, at, rate, True, Q, PACKED, EXACT)
         pairs = _product(x_chunk, tl.trans(dy_chunk), PRECISION) * weights * step[:, None]
         spanning = _product(pairs.to(x_chunk.dtype), after, PRECISION)
         dlog = tl.sum(tl.where(t[:, None] < t[None, :], spanning, 0.0), axis=0)
@@ -474,8 +482,10 @@ def matrix_gradients(
     Q: tl.constexpr, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a chunk's B and C, for S of its states (program axis 1), over some of the heads that share them;
-    and for each head what it reads from the state that enters, and that state's overlap with `leaving`."""
+    """Gradients of a chunk's B and C, for S of its states (program axis 1), over some of the heads that
+    share them; and for each head what it reads from the state that enters, and that state's overlap with
+    `leaving`.
+    """
     pid = tl.program_id(0).to(tl.int64)
     parts = (heads_per_group + heads_together - 1) // heads_together
     part, rest = pid % parts, pid // parts
@@ -508,7 +518,7 @@ def matrix_gradients(
         dstate = tl.load(leaving + where + cells, mask=in_state, other=0.0)
         step = tl.load(steps + at + t)
         rate = tl.load(A + head) * LOG2E
-        decays = _pair_decays(steps, since, borders, at, True, rate, exists, Q, PACKED, EXACT)
+        decays = _pair_decays(steps, since, borders, at, rate, True, Q, PACKED, EXACT)
         dscores += _product(x_chunk, tl.trans(dy_chunk), PRECISION) * decays * step[:, None]
         read = (dy_chunk * tl.exp2(tl.load(entry + at + t))[:, None]).to(x_chunk.dtype)
         written = (x_chunk * (tl.exp2(tl.load(end + at + t)) * step)[:, None]).to(x_chunk.dtype)
