@@ -108,7 +108,12 @@ def test_a_file_keeps_the_rules_of_the_house(path):
                 f"{where} forward takes **{node.args.kwarg and node.args.kwarg.arg}"
             )
     for name in module_level_imports(tree):
-        assert name.split(".")[0] not in {"triton", "transformers", "pickle"}, f"{path.name} imports {name}"
+        assert name.split(".")[0] not in {"transformers", "pickle"}, f"{path.name} imports {name}"
+        # Kernels in Triton live in modules of their own, which are imported when one of them is first used.
+        assert path.name == "triton_kernels.py" or not name.startswith("triton"), (
+            f"{path.name} imports {name}"
+        )
+        assert "triton_kernels" not in name, f"{path.name} imports {name}"
 
 
 def module_level_imports(tree: ast.Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 import torch
@@ -43,6 +44,11 @@ class Fixed(nn.Module):
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
         self.logits = nn.Parameter(logits)
+        self.lm_head = nn.Identity()
+        self.config = types.SimpleNamespace(vocab_size=logits.shape[-1])
+
+    def features(self, inputs: torch.Tensor, state: None = None, context: None = None) -> torch.Tensor:
+        return self.logits
 
     def forward(self, inputs: torch.Tensor, state: None = None, context: None = None) -> torch.Tensor:
         return self.logits

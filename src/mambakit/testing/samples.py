@@ -238,6 +238,16 @@ def _fft_conv(l: int = 37, w: int = 37, *, bare: bool = False) -> Build:
     return build
 
 
+def _cross_entropy(n: int = 9, v: int = 37, *, ignored: bool = False, scale: float = 1.0) -> Build:
+    def build(draw: Draw) -> dict[str, Any]:
+        labels = torch.randint(v, (n,), generator=draw.generator)
+        if ignored:
+            labels[::3] = -100
+        return {"logits": draw.normal(n, v, scale=scale), "labels": labels.to(draw.device)}
+
+    return build
+
+
 _SCAN = ("x", "dt", "B", "C", "z", "seq_idx")
 _CONV = ("x", "seq_idx")
 _NORM = ("x", "z")
@@ -284,6 +294,10 @@ CASES: tuple[Case, ...] = (
     Case("norm", "gated", _norm(gated=True), _NORM),
     Case("norm", "gated-after-grouped", _norm(gated=True, group_size=4, norm_before_gate=True), _NORM),
     Case("norm", "layer-grouped", _norm("layer", gated=True, group_size=3), _NORM),
+    Case("cross_entropy", "plain", _cross_entropy(), ()),
+    Case("cross_entropy", "ignored", _cross_entropy(ignored=True), ()),
+    Case("cross_entropy", "large-scores", _cross_entropy(scale=300.0), ()),
+    Case("cross_entropy", "wide", _cross_entropy(n=3, v=5000), ()),
     Case("attention", "plain", _attention(), _ATTENTION),
     Case("attention", "one-token", _attention(l=1), _ATTENTION),
     Case("attention", "long", _attention(l=150), _ATTENTION),

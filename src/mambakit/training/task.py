@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mambakit.config import Config, ConfigError, Tagged
 from mambakit.data.config import DataConfig
 from mambakit.data.samples import IGNORED
+from mambakit.layers.chunked_loss import summed_cross_entropy
 from mambakit.layers.mixer import Context
 from mambakit.models import LanguageModel, LanguageModelConfig, SequenceClassifier, SequenceClassifierConfig
 from mambakit.training.device import move
@@ -189,12 +190,13 @@ class LanguageModeling(TaskConfig, tag="language-modeling"):
         if "places" in batch:
             places = batch["places"]
             features = model.features(batch["tokens"], None, context).flatten(0, 1)  # (b l, d)
-            logits = model.lm_head(features.index_select(0, places))  # (labels, v)
-            nats, missed = _score(logits, labels.flatten().index_select(0, places))
+            nats, missed = _head_loss(
+                model, features.index_select(0, places), labels.flatten().index_select(0, places)
+            )
             wrong = torch.zeros_like(labels, dtype=torch.bool).flatten().index_copy(0, places, missed)
         else:
-            logits = model(batch["tokens"], None, context)  # (b, l, v)
-            nats, wrong = _score(logits.flatten(0, 1), labels.flatten())
+            features = model.features(batch["tokens"], None, context).flatten(0, 1)  # (b l, d)
+            nats, wrong = _head_loss(model, features, labels.flatten())
         labelled = labels != IGNORED
         sums = _sequence_sums(nats, wrong.view_as(labels).sum(1), labelled.sum(1))
         return nats / (sums["targets"].clamp(min=1) if targets is None else targets), sums
@@ -221,8 +223,8 @@ class LanguageModeling(TaskConfig, tag="language-modeling"):
             features = model.features(tokens[:, piece], state, context)
             row, column = (labels[:, piece] != IGNORED).nonzero(as_tuple=True)
             if len(row):
-                piece_nats, piece_wrong = _score(
-                    model.lm_head(features[row, column]), labels[:, piece][row, column]
+                piece_nats, piece_wrong = _head_loss(
+                    model, features[row, column], labels[:, piece][row, column]
                 )
                 nats += piece_nats
                 wrong.index_add_(0, row, piece_wrong.long())
@@ -294,6 +296,12 @@ def _built(kind: type[M], config: Config) -> M:
         return kind(config)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
+
+
+def _head_loss(model: LanguageModel, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of features `(n, d)` under a model's head, and which of the labels were missed."""
+    nats, best = summed_cross_entropy(model.lm_head, features, labels, vocab_size=model.config.vocab_size)
+    return nats, (best != labels) & (labels != IGNORED)
 
 
 def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
