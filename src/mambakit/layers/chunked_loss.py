@@ -1,9 +1,10 @@
 """A head and its cross entropy together, without all scores at once.
 
-The scores of `n` tokens over a vocabulary of `v` are the largest tensor of a small language model. The loss is
-a sum over tokens, so some tokens at a time are scored, their gradients taken at once, and their scores dropped:
-memory for one chunk of scores, and no product computed twice. The head is called, not reached into: it may be
-any module with parameters.
+The scores of `n` tokens over a vocabulary of `v` are the largest tensor of a small language model. The loss
+is a sum over tokens, so some tokens at a time are scored, their gradients taken at once, and their scores
+dropped: memory for one chunk of scores, and no product computed twice. The head is called, not reached into:
+it
+may be any module with parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ SCORES = 2**26
 
 
 def summed_cross_entropy(
-    head: nn.Module, features: Tensor, labels: Tensor, *, scores: int = SCORES, vocab_size: int | None = None
+    head: nn.Module,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    scores: int = SCORES,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of `head(features)` against labels, summed over the rows.
 
@@ -32,8 +38,8 @@ def summed_cross_entropy(
         vocab_size: `v`, where `head` does not tell it as `out_features`.
 
     Returns:
-        The sum in nats, a differentiable scalar in float32 (float64 for float64 features), and the best column
-        of each row `(n,)`. The sum can be differentiated once.
+        The sum in nats, a differentiable scalar in float32 (float64 for float64 features), and the best
+        column of each row `(n,)`. The sum can be differentiated once.
 
     Raises:
         ValueError: Shapes that do not fit, or a vocabulary of unknown size.
