@@ -35,6 +35,11 @@ class Run:
         return self.backend in registry[self.case.op].kernels
 
     @property
+    def is_interpreted(self):
+        """Whether it is a GPU's kernel on a CPU."""
+        return self.is_kernel and self.module.device != self.device
+
+    @property
     def exact_dtype(self):
         """The widest type that the backend computes in."""
         return self.module.dtypes[0] if self.is_kernel else torch.float64
@@ -182,6 +187,8 @@ def test_token_by_token_in_place_is_the_scan(where):
     case, backend = where.case, where.backend
     inputs = case.build(Draw(where.exact_dtype, where.device))
     inputs = {**inputs, "seq_idx": None}
+    if where.is_interpreted:  # a launch per token takes its time there
+        inputs = {**inputs, **{k: inputs[k][:, :12] for k in case.sequence if inputs.get(k) is not None}}
     with torch.no_grad():
         whole, final = run(case, inputs, backend)
         state = inputs.pop("initial_state").detach().clone()

@@ -251,7 +251,7 @@ def _schema(op: Op) -> str:
 
 
 def _register_kernels(op: Op) -> None:
-    """Define the two low-level operators, their fakes, and their FLOP formulas."""
+    """Define the two low-level operators and their fakes."""
     if op.fake is None:
         raise ValueError(f"{op.name}: an operator with kernel backends needs a fake")
     schema = _schema(op)
@@ -288,16 +288,28 @@ def _register_kernels(op: Op) -> None:
     for suffix, run, fake in (("", forward, forward_fake), ("_backward", backward, backward_fake)):
         _library.impl(f"{op.name}{suffix}", run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mambakit::{op.name}{suffix}", fake, lib=_library)
-    if op.flops is not None:
-        from torch.utils.flop_counter import register_flop_formula
 
-        low = torch.ops.mambakit
-        register_flop_formula(getattr(low, op.name), get_raw=True)(
-            lambda *a, out_val=None, **k: op.flops(*a[:-2])
-        )
-        register_flop_formula(getattr(low, f"{op.name}_backward"), get_raw=True)(
-            lambda *a, out_val=None, **k: 2 * op.flops(*a[2:-1])
-        )
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Floating-point operations of the operators that run as kernels, for PyTorch's counter.
+
+    `FlopCounterMode(custom_mapping=ops.flop_formulas())` counts them beside PyTorch's own operators. A
+    backward pass counts as two forward passes. (Registering the formulas at import would import Triton.)
+
+    Returns:
+        Registered operator -> formula of its arguments.
+    """
+    found = {}
+    for op in registry.values():
+        if op.kernels and op.flops is not None:
+            formulas = {
+                op.name: lambda *a, out_val=None, flops=op.flops, **_: flops(*a[:-2]),
+                f"{op.name}_backward": lambda *a, out_val=None, flops=op.flops, **_: 2 * flops(*a[2:-1]),
+            }
+            for name, formula in formulas.items():
+                formula._get_raw = True  # formulas of tensors, not of shapes
+                found[getattr(torch.ops.mambakit, name)] = formula
+    return found
 
 
 def _absent(like: Tensor) -> Tensor:
