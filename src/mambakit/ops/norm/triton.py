@@ -93,7 +93,8 @@ def backward(
     flat, gate, sizes, settings = _layout(x, z, kind, eps, group_size, norm_before_gate)
     groups = x.shape[-1] // group_size
     blocks = -(-flat.shape[0] // settings["R"])
-    programs = max(1, min(blocks, -(-4 * cuda.processors(x.device) // groups)))
+    at_once = cuda.processors(x.device) * max(1, 32 // settings["num_warps"])  # as many as run together
+    programs = max(1, min(blocks, -(-at_once // groups)))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=x.device)
     dweight, dbias = (
@@ -103,7 +104,7 @@ def backward(
     dy = grads[0].reshape(flat.shape)
     kernels.backward[(programs, groups)](
         flat, scalars(weight), scalars(bias), gate, dy, dx, dz, dweight, dbias,
-        *_row_strides(flat, gate, dy), **sizes, **settings,
+        *_row_strides(flat, gate, dy), **sizes, **settings, maxnreg=64,
     )  # fmt: skip
     found = [dx]
     found += [] if weight is None else [dweight.sum(0).to(weight.dtype)]

@@ -55,52 +55,80 @@ def forward(
 
 
 @triton.jit
+def _gated(x, z, at_x, at_z, inside, GATE_LAST: tl.constexpr):
+    """What is normalised (R, SIZE)."""
+    u = tl.load(x + at_x, mask=inside, other=0.0).to(tl.float32)
+    if z is not None:
+        if not GATE_LAST:
+            gate = tl.load(z + at_z, mask=inside, other=0.0).to(tl.float32)
+            u *= gate * _sigmoid(gate)
+    return u
+
+
+@triton.jit
 def backward(
     x, weight, bias, z, dy, dx, dz, dweight, dbias, x_row, z_row, dy_row, rows, d, size, eps,
     R: tl.constexpr, SIZE: tl.constexpr, LAYER: tl.constexpr, GATE_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of every so-many-th block of R rows of one group, and their sums for weight and bias."""
+    """Gradients of every so-many-th block of R rows of one group, and their sums for weight and bias.
+
+    A row is read twice, the second time from the nearest cache: its numbers kept in registers meanwhile would
+    leave room for half as many programs, and memory would be waited for.
+    """
     e = tl.arange(0, SIZE)
     channel = tl.program_id(1) * size + e
     w = tl.load(weight + channel, mask=e < size, other=0.0) if weight is not None else 1.0
-    b = tl.load(bias + channel, mask=e < size, other=0.0) if bias is not None else 0.0
     dw = tl.zeros((R, SIZE), dtype=tl.float32)
     db = tl.zeros((R, SIZE), dtype=tl.float32)
     for first in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
         row = (first + tl.arange(0, R)).to(tl.int64)
         inside = (row < rows)[:, None] & (e < size)[None, :]
-        x_here = tl.load(x + row[:, None] * x_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(dy + row[:, None] * dy_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        u = x_here
-        if z is not None:
-            z_here = tl.load(z + row[:, None] * z_row + channel[None, :], mask=inside, other=0.0).to(
-                tl.float32
-            )
-            s = _sigmoid(z_here)
-            gate = z_here * s
-            dgate = s * (1.0 + z_here * (1.0 - s))
-            if not GATE_LAST:
-                u = x_here * gate
-        n, root = _normalised(u, inside, size, eps, LAYER)
+        at_x = row[:, None] * x_row + channel[None, :]
+        at_z = row[:, None] * z_row + channel[None, :]
+        at_dy = row[:, None] * dy_row + channel[None, :]
+
+        # What the row's numbers have in common.
+        u = _gated(x, z, at_x, at_z, inside, GATE_LAST)
+        mean = tl.sum(u, axis=1) / size if LAYER else tl.zeros((R,), tl.float32)
+        u = tl.where(inside, u - mean[:, None], 0.0)
+        root = 1.0 / tl.sqrt(tl.sum(u * u, axis=1) / size + eps)
+        g = tl.load(dy + at_dy, mask=inside, other=0.0, cache_modifier=".ca").to(tl.float32)
         if z is not None:
             if GATE_LAST:
-                gated = n * w + b
-                to = dz + row[:, None] * d + channel[None, :]
-                tl.store(to, (g * gated * dgate).to(dz.dtype.element_ty), mask=inside)
-                g *= gate
+                gate = tl.load(z + at_z, mask=inside, other=0.0, cache_modifier=".ca").to(tl.float32)
+                g *= gate * _sigmoid(gate)
+        g *= w
+        along = tl.sum(g * u, axis=1) * root / size
+        level = tl.sum(g, axis=1) / size if LAYER else tl.zeros((R,), tl.float32)
+
+        # Each number's own part.
+        x_here = tl.load(x + at_x, mask=inside, other=0.0, cache_modifier=".ca").to(tl.float32)
+        g = tl.load(dy + at_dy, mask=inside, other=0.0).to(tl.float32)
+        u = x_here
+        if z is not None:
+            z_here = tl.load(z + at_z, mask=inside, other=0.0, cache_modifier=".ca").to(tl.float32)
+            s = _sigmoid(z_here)
+            if not GATE_LAST:
+                u = x_here * z_here * s
+        n = tl.where(inside, u - mean[:, None], 0.0) * root[:, None]
+        to = row[:, None] * d + channel[None, :]
+        if z is not None:
+            if GATE_LAST:
+                gated = n * w
+                if bias is not None:
+                    gated += tl.load(bias + channel, mask=e < size, other=0.0)[None, :]
+                dgate = g * gated * s * (1.0 + z_here * (1.0 - s))
+                tl.store(dz + to, dgate.to(dz.dtype.element_ty), mask=inside)
+                g *= z_here * s
         dw += g * n
         db += g
-        g *= w
-        along = tl.sum(g * n, axis=1)[:, None] / size
-        if LAYER:
-            g -= tl.sum(g, axis=1)[:, None] / size
-        du = (g - n * along) * root[:, None]
+        du = (g * w - level[:, None] - n * along[:, None]) * root[:, None]
         if z is not None:
             if not GATE_LAST:
-                to = dz + row[:, None] * d + channel[None, :]
-                tl.store(to, (du * x_here * dgate).to(dz.dtype.element_ty), mask=inside)
-                du *= gate
-        tl.store(dx + row[:, None] * d + channel[None, :], du.to(dx.dtype.element_ty), mask=inside)
+                dgate = du * x_here * s * (1.0 + z_here * (1.0 - s))
+                tl.store(dz + to, dgate.to(dz.dtype.element_ty), mask=inside)
+                du *= z_here * s
+        tl.store(dx + to, du.to(dx.dtype.element_ty), mask=inside)
     mine = tl.program_id(0) * d + channel
     if dweight is not None:
         tl.store(dweight + mine, tl.sum(dw, axis=0), mask=e < size)
