@@ -252,6 +252,7 @@ class _Call:
             "LANES": self.lanes,
             "ALIGNED": int(self.aligned),
             "ALIGNED_BC": int(self.aligned_BC),
+            "WHOLE_N": int(self.n == self.per_state * self.lanes),
             "PACKED": int(self.seq_idx is not None),
             "GATED": int(self.z is not None),
             "SOFTPLUS": int(self.softplus),

@@ -16,7 +16,7 @@
 // tokens at a time: those states and their decays stay in registers until the gradient has come back through them.
 //
 // Settings of a compilation: IO (float, bf16, half), NPT, LANES, ALIGNED and ALIGNED_BC (16-byte accesses are
-// possible), PACKED (seq_idx given), GATED (z given), SOFTPLUS, and one of the kernels' names.
+// possible), WHOLE_N (no padded states), PACKED (seq_idx given), GATED (z given), SOFTPLUS, and one of the kernels' names.
 
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / 32;
@@ -79,22 +79,47 @@ struct Place {
     }
 };
 
+// The states of one channel and lane side by side, read and written as one where all of them exist.
+template <typename Number> struct alignas(sizeof(Number) * NPT <= 16 ? sizeof(Number) * NPT : 16) Stored { Number v[NPT]; };
+
 template <typename Number>
 DEVICE void load_states(States (&to)[CPT], const Params& p, const Place& at, const Number* from, int64 outer) {
+    const Number* const base = from ? from + at.states(p, outer, 0) : nullptr;
 #pragma unroll
-    for (int k = 0; k < CPT; k++)
+    for (int k = 0; k < CPT; k++) {
+        Stored<Number> stored{};
+        if (base && at.owns(k)) {
+            if constexpr (WHOLE_N) {
+                stored = *(const Stored<Number>*)(base + k * NP);
+            } else {
 #pragma unroll
-        for (int i = 0; i < NPT; i++)
-            to[k].v[i] = from && at.owns(k) && at.q * NPT + i < p.n ? load(from[at.states(p, outer, k) + i]) : 0.0f;
+                for (int i = 0; i < NPT; i++)
+                    if (at.q * NPT + i < p.n) stored.v[i] = base[k * (int)p.n + i];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < NPT; i++) to[k].v[i] = load(stored.v[i]);
+    }
 }
 
 template <typename Number>
 DEVICE void store_states(const Params& p, const Place& at, Number* to, int64 outer, const States (&s)[CPT]) {
+    if (!to) return;
+    Number* const base = to + at.states(p, outer, 0);
 #pragma unroll
-    for (int k = 0; k < CPT; k++)
+    for (int k = 0; k < CPT; k++) {
+        if (!at.owns(k)) continue;
+        Stored<Number> stored;
 #pragma unroll
-        for (int i = 0; i < NPT; i++)
-            if (to && at.owns(k) && at.q * NPT + i < p.n) store(to + at.states(p, outer, k) + i, s[k].v[i]);
+        for (int i = 0; i < NPT; i++) store(&stored.v[i], s[k].v[i]);
+        if constexpr (WHOLE_N) {
+            *(Stored<Number>*)(base + k * NP) = stored;
+        } else {
+#pragma unroll
+            for (int i = 0; i < NPT; i++)
+                if (at.q * NPT + i < p.n) base[k * (int)p.n + i] = stored.v[i];
+        }
+    }
 }
 
 // Decay rates in powers of two per unit of time.
@@ -550,6 +575,16 @@ KERNEL(backward, THREADS, 3) {
         C_stream.fetch(to_BC + T * NP, token, valid);
         copies_commit();
     };
+    // Where the thread's sums of gradients of B and C go, for the first token of a row.
+    constexpr int SUMS = (SUB * 2 * NP + THREADS - 1) / THREADS;
+    const int64 by_token = p.groups * p.n, by_block = p.partial ? p.batch * p.length * by_token : 0;
+    float* sum_to[SUMS];
+#pragma unroll
+    for (int m = 0; m < SUMS; m++) {
+        const int i = threadIdx.x + m * THREADS;
+        sum_to[m] = (i / NP % 2 ? p.dC : p.dB) + at.block * by_block + (at.row * p.length + i / (2 * NP)) * by_token +
+                    at.group * p.n + i % NP;
+    }
     const int64 tiles = (at.stop - at.start + T - 1) / T;
     fetch(at.start + (tiles - 1) * T, 0);
     int now = 0;
@@ -704,19 +739,17 @@ KERNEL(backward, THREADS, 3) {
             }
 
             block_barrier();
-            for (int i = threadIdx.x; i < SUB * 2 * NP; i += THREADS) {
-                const int t = t0 + i / (2 * NP), which = i / NP % 2, state = i % NP;
+#pragma unroll
+            for (int m = 0; m < SUMS; m++) {
+                const int i = threadIdx.x + m * THREADS, t = t0 + i / (2 * NP), state = i % NP;
                 float sum = 0.0f;
+                if ((SUB * 2 * NP) % THREADS != 0 && i >= SUB * 2 * NP) break;
 #pragma unroll
                 for (int w = 0; w < WARPS; w++) sum += here[w * SUB * 2 * NP + i];
-                if (t < valid && state < p.n) {
-                    float* to = which ? p.dC : p.dB;
-                    int64 where = ((at.row * p.length + begin + t) * p.groups + at.group) * p.n + state;
-                    if (p.partial) {
-                        to[at.block * p.batch * p.length * p.groups * p.n + where] = sum;
-                    } else {
-                        add_to_global(to + where, sum);
-                    }
+                if (t < valid && (WHOLE_N || state < p.n)) {
+                    float* const to = sum_to[m] + (begin + t0) * by_token;
+                    if (p.partial) *to = sum;
+                    else add_to_global(to, sum);
                 }
             }
         }
