@@ -24,7 +24,7 @@ THREADS = 128
 CHANNELS_PER_THREAD = 2
 SUB = 4
 """Tokens whose states the backward pass holds at once."""
-BLOCKS_PER_PROCESSOR = {"forward": 4, "backward": 3}
+BLOCKS_PER_PROCESSOR = {"forward": 4, "backward": 4}
 
 _POINTERS = """
     x dt z dy B C y dx ddt dz A D dt_bias initial dfinal seq_idx final checkpoints local passed
@@ -182,8 +182,7 @@ class _Call:
             setattr(params, name, cuda.address(tensor))
 
         tile, padded = _tile(self.n), self.per_state * self.lanes
-        extra = 4 * tile * (self.channels + 4)  # gy
-        extra += 4 * (tile // SUB) * CHANNELS_PER_THREAD * THREADS * self.per_state  # starts
+        extra = 4 * (tile // SUB - 1) * CHANNELS_PER_THREAD * THREADS * self.per_state  # starts
         extra += 4 * 2 * (THREADS // 32) * SUB * 2 * padded  # slots
         self._launch("backward", params, self._shared(3 + (self.z is not None), tile) + extra)
         del summaries

@@ -539,14 +539,14 @@ constexpr int SUBS = T / SUB;
 constexpr int TOGETHER = LANES < SUB ? LANES : SUB;                  // tokens whose sums cross lanes together
 constexpr int KEPT = 2 * NPT * LANES > 32 ? 2 * NPT * LANES / 32 : 1;  // sums of a token that a lane ends up with
 
-KERNEL(backward, THREADS, 3) {
+KERNEL(backward, THREADS, 4) {
     const Place at(p);
     IO* raw = (IO*)shared_memory;                        // [2][x, dt, dy, (z)][T][RAW]
     IO* raw_BC = raw + 2 * STREAMS * TILE;               // [2][B, C][T][NP]
     Tile tile((unsigned char*)(raw_BC + 2 * 2 * T * NP));
-    float* gy = (float*)((unsigned char*)tile.pairs + Tile::BYTES);  // [T][ROW]: gradient of the ungated output
-    float* starts = gy + T * ROW;                        // [SUBS][CPT][THREADS][NPT]: states before each SUB tokens
-    float* slots = starts + SUBS * CPT * THREADS * NPT;  // [2][WARPS][SUB][2 NP]: gradients of B and C by warp
+    // In tile.ys the gradient of the ungated output, and then, where that is spent, the ungated output.
+    float* starts = (float*)((unsigned char*)tile.pairs + Tile::BYTES);  // [SUBS - 1][CPT][THREADS][NPT]: states
+    float* slots = starts + (SUBS - 1) * CPT * THREADS * NPT;  // [2][WARPS][SUB][2 NP]: of B and C by warp
     tile.constants(p, at);
     States rates[CPT], g[CPT], dA[CPT]{};
     load_rates(rates, p, at);
@@ -554,7 +554,10 @@ KERNEL(backward, THREADS, 3) {
     fold(g, p, at, p.segments - 1, at.segment, -1);
     float d_skip[CPT]{}, d_bias[CPT]{};
     const int64 all_tiles = (p.length + T - 1) / T;
-    const auto start_of = [&](int sub, int k) { return (States*)(starts + ((sub * CPT + k) * THREADS + threadIdx.x) * NPT); };
+    // The states before the tokens of a sub other than the first, which the checkpoint holds.
+    const auto start_of = [&](int sub, int k) {
+        return (States*)(starts + (((sub - 1) * CPT + k) * THREADS + threadIdx.x) * NPT);
+    };
 
     const Channels x_stream(at.at(p.x, p.x_b, p.x_l, at.start) + at.first, p.x_l, at.columns);
     const Channels dt_stream(at.at(p.dt, p.dt_b, p.dt_l, at.start) + at.first, p.dt_l, at.columns);
@@ -617,17 +620,14 @@ KERNEL(backward, THREADS, 3) {
                 pairs[j] = Pair{step, exists ? step * x[j] : 0.0f};
             }
             store_pairs(tile.pairs + e.t * PITCH + e.k, pairs);
-            store8(gy + e.t * ROW + e.k, dy);
+            store8(tile.ys + e.t * ROW + e.k, dy);
         });
         tile.tokens(p, at, begin, valid, BC_raw, BC_raw + T * NP);
         block_barrier();
 
         // States before each SUB tokens.
 #pragma unroll 1
-        for (int sub = 0;; sub++) {
-#pragma unroll
-            for (int k = 0; k < CPT; k++) *start_of(sub, k) = h[k];
-            if (sub == SUBS - 1) break;
+        for (int sub = 0; sub < SUBS - 1; sub++) {
 #pragma unroll
             for (int j = 0; j < SUB; j++) {
                 const int t = sub * SUB + j;
@@ -640,6 +640,8 @@ KERNEL(backward, THREADS, 3) {
                     for (int i = 0; i < NPT; i++)
                         h[k].v[i] = exp2_fast(in.v[k].a * rates[k].v[i]) * (fresh ? 0.0f : h[k].v[i]) + in.v[k].b * B.v[i];
             }
+#pragma unroll
+            for (int k = 0; k < CPT; k++) *start_of(sub + 1, k) = h[k];
         }
 
 #pragma unroll 1
@@ -647,8 +649,14 @@ KERNEL(backward, THREADS, 3) {
             const int t0 = sub * SUB;
             float* const here = slots + sub % 2 * WARPS * SUB * 2 * NP;  // in turn, so that one barrier is enough
             float decay[SUB][CPT][NPT], before[SUB + 1][CPT][NPT];
+            if (sub == 0) {
+                load_states(h, p, at, p.checkpoints, at.row * all_tiles + begin / T);
+            } else {
 #pragma unroll
-            for (int k = 0; k < CPT; k++) h[k] = *start_of(sub, k);
+                for (int k = 0; k < CPT; k++) h[k] = *start_of(sub, k);
+            }
+            Numbers ys[SUB / TOGETHER];
+            int own_y = 0;
 #pragma unroll
             for (int j0 = 0; j0 < SUB; j0 += TOGETHER) {
                 float sums[CPT][TOGETHER];
@@ -673,14 +681,11 @@ KERNEL(backward, THREADS, 3) {
                     }
                 }
                 if constexpr (GATED) {
-                    Numbers y;
-                    int own = 0;
 #pragma unroll
                     for (int k = 0; k < CPT; k++) {
-                        own = sum_lanes<TOGETHER, 1, LANES>(sums[k], at.lane);
-                        y.v[k] = sums[k][0];
+                        own_y = sum_lanes<TOGETHER, 1, LANES>(sums[k], at.lane);
+                        ys[j0 / TOGETHER].v[k] = sums[k][0];
                     }
-                    *(Numbers*)(tile.ys + (t0 + j0 + own) * ROW + at.c) = y;
                 }
             }
 #pragma unroll
@@ -695,7 +700,7 @@ KERNEL(backward, THREADS, 3) {
                 for (int j = j0 + TOGETHER - 1; j >= j0; j--) {
                     const int t = t0 + j;
                     const Pairs in = read_pairs(tile, at, t);
-                    const Numbers dy = *(const Numbers*)(gy + t * ROW + at.c);
+                    const Numbers dy = *(const Numbers*)(tile.ys + t * ROW + at.c);
                     const States B = read_states(tile.BC + t * 2 * NP + at.q * NPT);
                     const States C = read_states(tile.BC + t * 2 * NP + NP + at.q * NPT);
                     const bool fresh_next = PACKED && j + 1 < SUB && tile.fresh[t + 1];
@@ -736,6 +741,7 @@ KERNEL(backward, THREADS, 3) {
                     found.v[k] = Pair{d_input[k][0], d_step[k][0]};
                 }
                 *(Pairs*)(tile.pairs + (t0 + j0 + own) * PITCH + at.c) = found;  // read by all its lanes already
+                if constexpr (GATED) *(Numbers*)(tile.ys + (t0 + j0 + own_y) * ROW + at.c) = ys[j0 / TOGETHER];
             }
 
             block_barrier();
@@ -757,14 +763,13 @@ KERNEL(backward, THREADS, 3) {
 
         const int64 where = (at.row * p.length + begin) * p.d + at.first;
         each_eight(whole, [&](Eight e, auto whole) {
-            float x[8], dt[8], dy[8], z[8], gradient[8], y[8], dx[8], ddt[8], dz[8];
+            float x[8], dt[8], dy[8], z[8], y[8], dx[8], ddt[8], dz[8];
             Pair pairs[8];
             load8(x, e.in(x_raw));
             load8(dt, e.in(x_raw + TILE));
-            load8(gradient, gy + e.t * ROW + e.k);
+            load8(dy, e.in(x_raw + 2 * TILE));
             load_pairs(pairs, tile.pairs + e.t * PITCH + e.k);
             if constexpr (GATED) {
-                load8(dy, e.in(x_raw + 2 * TILE));
                 load8(z, e.in(x_raw + 3 * TILE));
                 load8(y, tile.ys + e.t * ROW + e.k);
             }
@@ -774,14 +779,16 @@ KERNEL(backward, THREADS, 3) {
                 const float skip = exists ? tile.skip[e.k + j] : 0.0f;
                 const float raw_step = exists ? dt[j] + tile.bias[e.k + j] : 0.0f;
                 const float input = exists ? x[j] : 0.0f;
-                dx[j] = step_size(raw_step) * pairs[j].a + skip * gradient[j];
-                ddt[j] = pairs[j].b + input * pairs[j].a;
-                if constexpr (SOFTPLUS) ddt[j] *= sigmoid(raw_step);
+                float gradient = dy[j];
                 if constexpr (GATED) {
                     const float s = sigmoid(z[j]);
+                    gradient *= z[j] * s;
                     dz[j] = dy[j] * (y[j] + skip * input) * s * (1.0f + z[j] * (1.0f - s));
                 }
-                pairs[j] = exists ? Pair{gradient[j] * input, ddt[j]} : Pair{0.0f, 0.0f};
+                dx[j] = step_size(raw_step) * pairs[j].a + skip * gradient;
+                ddt[j] = pairs[j].b + input * pairs[j].a;
+                if constexpr (SOFTPLUS) ddt[j] *= sigmoid(raw_step);
+                pairs[j] = exists ? Pair{gradient * input, ddt[j]} : Pair{0.0f, 0.0f};
             }
             store_pairs(tile.pairs + e.t * PITCH + e.k, pairs);
             if (whole.value || (e.t < valid && e.k < at.columns)) {
