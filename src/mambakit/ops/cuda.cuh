@@ -46,6 +46,10 @@ template <int PENDING>
 DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 #endif
 
+// Answers known to the compiler.
+struct Yes { static constexpr bool value = true; };
+struct No { static constexpr bool value = false; };
+
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
@@ -62,19 +66,14 @@ DEVICE void store(float* to, float x) { *to = x; }
 DEVICE void store(bf16* to, float x) { to->bits = float_to_bf16(x); }
 DEVICE void store(half* to, float x) { to->bits = float_to_half(x); }
 
-// Eight consecutive elements at a 16-byte aligned address.
-template <typename T>
-DEVICE void load8(float (&to)[8], const T* from) {
-    if constexpr (sizeof(T) == 4) {
-        const Words4 a = *(const Words4*)from, b = *((const Words4*)from + 1);
-        const unsigned words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+// Elements side by side, as 32-bit words.
+template <typename T, int N>
+DEVICE void unpack(float (&to)[N], const unsigned (&words)[N * sizeof(T) / 4]) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) to[i] = bits_float(words[i]);
-    } else {
-        const Words4 a = *(const Words4*)from;
-        const unsigned words[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < N; i++) {
+        if constexpr (sizeof(T) == 4) {
+            to[i] = bits_float(words[i]);
+        } else {
             T element;
             element.bits = (unsigned short)(words[i / 2] >> (16 * (i % 2)));
             to[i] = load(element);
@@ -82,25 +81,42 @@ DEVICE void load8(float (&to)[8], const T* from) {
     }
 }
 
-template <typename T>
-DEVICE void store8(T* to, const float (&from)[8]) {
-    if constexpr (sizeof(T) == 4) {
-        unsigned words[8];
+template <typename T, int N>
+DEVICE void pack(unsigned (&words)[N * sizeof(T) / 4], const float (&from)[N]) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) words[i] = float_bits(from[i]);
-        *(Words4*)to = Words4{words[0], words[1], words[2], words[3]};
-        *((Words4*)to + 1) = Words4{words[4], words[5], words[6], words[7]};
-    } else {
-        unsigned words[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < N * (int)sizeof(T) / 4; i++) {
+        if constexpr (sizeof(T) == 4) {
+            words[i] = float_bits(from[i]);
+        } else {
             T low, high;
             store(&low, from[2 * i]);
             store(&high, from[2 * i + 1]);
             words[i] = low.bits | ((unsigned)high.bits << 16);
         }
-        *(Words4*)to = Words4{words[0], words[1], words[2], words[3]};
     }
+}
+
+// Eight consecutive elements at a 16-byte aligned address.
+template <typename T>
+DEVICE void load8(float (&to)[8], const T* from) {
+    constexpr int QUADS = sizeof(T) / 2;
+    unsigned words[4 * QUADS];
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        const Words4 quad = *((const Words4*)from + q);
+        words[4 * q] = quad.x, words[4 * q + 1] = quad.y, words[4 * q + 2] = quad.z, words[4 * q + 3] = quad.w;
+    }
+    unpack<T, 8>(to, words);
+}
+
+template <typename T>
+DEVICE void store8(T* to, const float (&from)[8]) {
+    constexpr int QUADS = sizeof(T) / 2;
+    unsigned words[4 * QUADS];
+    pack<T, 8>(words, from);
+#pragma unroll
+    for (int q = 0; q < QUADS; q++)
+        *((Words4*)to + q) = Words4{words[4 * q], words[4 * q + 1], words[4 * q + 2], words[4 * q + 3]};
 }
 
 // ---------------------------------------------------------------------------------------------------------

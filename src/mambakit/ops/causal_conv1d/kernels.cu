@@ -10,7 +10,7 @@
 constexpr int THREADS = 256;
 constexpr int STRIPS = THREADS / 32;
 constexpr int TOKENS = 64;
-constexpr int AHEAD = 4;  // tokens on their way from memory while as many are computed
+constexpr int AHEAD = W * ((4 + W - 1) / W);  // tokens on their way from memory while as many are computed
 
 struct Params {
     const IO *x, *dy;                // (b, l, d) with strides in elements; the last axis is contiguous
@@ -25,7 +25,8 @@ struct Params {
 };
 
 struct Values { float v[CH]; };
-struct alignas(sizeof(IO) * CH) Packed { IO v[CH]; };
+constexpr int WORDS = sizeof(IO) * CH / 4;  // a thread's channels of one token, as 32-bit words
+struct alignas(4 * WORDS) Packed { unsigned word[WORDS]; };
 
 struct Place {
     int64 row, block, start, stop, first;  // batch row, block of tokens, tokens of the strip, first channel
@@ -44,27 +45,26 @@ struct Place {
     }
 };
 
+// The first `count` of the channels; where accesses are not aligned, those that exist one by one.
 DEVICE Packed read(const IO* from, int count) {
     if constexpr (ALIGNED) return *(const Packed*)from;
-    Packed packed{};
+    union { Packed packed; IO v[CH]; } mixed{};
 #pragma unroll
     for (int c = 0; c < CH; c++)
-        if (c < count) packed.v[c] = from[c];
-    return packed;
+        if (c < count) mixed.v[c] = from[c];
+    return mixed.packed;
 }
 
 DEVICE Values unpack(const Packed& packed) {
     Values values;
-#pragma unroll
-    for (int c = 0; c < CH; c++) values.v[c] = load(packed.v[c]);
+    unpack<IO, CH>(values.v, packed.word);
     return values;
 }
 
 DEVICE void write(IO* to, const Values& values, int count) {
     if constexpr (ALIGNED) {
         Packed packed;
-#pragma unroll
-        for (int c = 0; c < CH; c++) store(&packed.v[c], values.v[c]);
+        pack<IO, CH>(packed.word, values.v);
         *(Packed*)to = packed;
     } else {
 #pragma unroll
@@ -158,7 +158,22 @@ KERNEL(forward, THREADS, CH <= 2 ? 4 : 3) {
 #pragma unroll
     for (int j = 0; j < AHEAD; j++)
         if (j < tokens) next[j] = strip.input(j, at.count);
-    for (int t0 = 0; t0 < tokens; t0 += AHEAD) {
+    const auto step = [&](int t, const Packed& x) {
+        window.push(unpack(x), strip.begins(t));
+        Values out = bias;
+#pragma unroll
+        for (int k = 0; k < W; k++)
+#pragma unroll
+            for (int c = 0; c < CH; c++) out.v[c] += weight[k].v[c] * window.x[k].v[c];
+        if constexpr (SILU) {
+#pragma unroll
+            for (int c = 0; c < CH; c++) out.v[c] *= sigmoid(out.v[c]);
+        }
+        write(y + t * y_stride, out, at.count);
+    };
+    // Whole groups without questions, so that the window moves through registers by name only.
+    int t0 = 0;
+    for (; t0 + AHEAD <= tokens; t0 += AHEAD) {
         Packed here[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
@@ -166,21 +181,11 @@ KERNEL(forward, THREADS, CH <= 2 ? 4 : 3) {
             if (t0 + AHEAD + j < tokens) next[j] = strip.input(t0 + AHEAD + j, at.count);
         }
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            if (t0 + j >= tokens) break;
-            window.push(unpack(here[j]), strip.begins(t0 + j));
-            Values out = bias;
-#pragma unroll
-            for (int k = 0; k < W; k++)
-#pragma unroll
-                for (int c = 0; c < CH; c++) out.v[c] += weight[k].v[c] * window.x[k].v[c];
-            if constexpr (SILU) {
-#pragma unroll
-                for (int c = 0; c < CH; c++) out.v[c] *= sigmoid(out.v[c]);
-            }
-            write(y + (t0 + j) * y_stride, out, at.count);
-        }
+        for (int j = 0; j < AHEAD; j++) step(t0 + j, here[j]);
     }
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+        if (t0 + j < tokens) step(t0 + j, next[j]);
     if (at.stop == p.length) {
 #pragma unroll
         for (int k = 1; k < W; k++)
@@ -221,7 +226,7 @@ KERNEL(backward, THREADS, CH <= 2 ? 3 : 2) {
             if (at.start == 0 && p.dinitial && token >= 1 - W)
                 write_floats(p.dinitial + (at.row * (W - 1) + token + W - 1) * p.d + at.first, gradient, at.count);
         };
-        const auto step = [&](int t, const Packed& x, const Packed& gradient, bool own) {
+        const auto step = [&](int t, const Packed& x, const Packed& gradient, auto own, auto inside) {
             window.push(unpack(x), strip.begins(t));
 #pragma unroll
             for (int k = 0; k < W - 1; k++) pending[k] = pending[k + 1];
@@ -243,38 +248,51 @@ KERNEL(backward, THREADS, CH <= 2 ? 3 : 2) {
 #pragma unroll
                 for (int c = 0; c < CH; c++) {
                     if (reached) pending[k].v[c] += weight[k].v[c] * g.v[c];
-                    if (own) dweight[k].v[c] += g.v[c] * window.x[k].v[c];
+                    if (own.value) dweight[k].v[c] += g.v[c] * window.x[k].v[c];
                 }
             }
-            if (own) {
+            if (own.value) {
 #pragma unroll
                 for (int c = 0; c < CH; c++) dbias.v[c] += g.v[c];
             }
             // The oldest input has met all its outputs.
             const int done = t - W + 1;
-            if (done >= 0) write(dx + done * d, pending[0], at.count);
+            if (inside.value || done >= 0) write(dx + done * d, pending[0], at.count);
             else retire_early(done, pending[0]);
         };
         Packed next_x[AHEAD], next_dy[AHEAD];
+        const auto fetch = [&](int j, int t) {
+            if (t >= reach) return;
+            next_x[j] = strip.input(t, at.count);
+            next_dy[j] = read(dy + t * dy_stride, at.count);
+        };
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            if (j >= reach) continue;
-            next_x[j] = strip.input(j, at.count);
-            next_dy[j] = read(dy + j * dy_stride, at.count);
-        }
-        for (int t0 = 0; t0 < reach; t0 += AHEAD) {
+        for (int j = 0; j < AHEAD; j++) fetch(j, j);
+        const auto group = [&](int t0, auto inside) {
             Packed here_x[AHEAD], here_dy[AHEAD];
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
                 here_x[j] = next_x[j], here_dy[j] = next_dy[j];
-                const int t = t0 + AHEAD + j;
-                if (t >= reach) continue;
-                next_x[j] = strip.input(t, at.count);
-                next_dy[j] = read(dy + t * dy_stride, at.count);
+                fetch(j, t0 + AHEAD + j);
             }
 #pragma unroll
-            for (int j = 0; j < AHEAD; j++)
-                if (t0 + j < reach) step(t0 + j, here_x[j], here_dy[j], t0 + j < tokens);
+            for (int j = 0; j < AHEAD; j++) step(t0 + j, here_x[j], here_dy[j], Yes(), inside);
+        };
+        // Whole groups of the strip's own tokens ask no questions, so that window and gradients move through
+        // registers by name only; the first reaches out of the strip, and the rest and the tokens after ask all.
+        int t0 = 0;
+        if (AHEAD <= tokens) group(t0, No()), t0 += AHEAD;
+#pragma unroll 1
+        for (; t0 + AHEAD <= tokens; t0 += AHEAD) group(t0, Yes());
+#pragma unroll 1
+        for (; t0 < reach; t0 += AHEAD) {
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                if (t0 + j >= reach) break;
+                if (t0 + j < tokens) step(t0 + j, next_x[j], next_dy[j], Yes(), No());
+                else step(t0 + j, next_x[j], next_dy[j], No(), No());
+                fetch(j, t0 + AHEAD + j);
+            }
         }
         if (reach < tokens + W - 1) {
             // The sequence ends in reach: the final state is the window, and its gradient reaches inputs of the

@@ -198,8 +198,6 @@ DEVICE void each_eight(Body body) {
         if (EIGHTS % THREADS == 0 || i < EIGHTS) body(Eight(i));
     }
 }
-struct Yes { static constexpr bool value = true; };
-struct No { static constexpr bool value = false; };
 // Call `body(Eight, whole)`; a tile all of whose tokens and channels exist needs no questions asked.
 template <typename Body>
 DEVICE void each_eight(bool whole, Body body) {
