@@ -4,9 +4,9 @@ Nothing is compiled when the package is installed and no CUDA toolkit is needed:
 CUDA build and the driver with the GPU. A binary is kept on disk, so that a process that finds it pays
 milliseconds.
 
-Kernels live in a `kernels.cu` beside their operator, preceded by `cuda.cuh`. Each takes one block of
-parameters, `Params`, mirrored by a `ctypes.Structure`; types and optional arguments are settings of the
-compilation.
+Kernels live in `.cu` files beside their operator, preceded by what they share and by `cuda.cuh`. Each takes
+one block of parameters, `Params`, mirrored by a `ctypes.Structure`; types and optional arguments are settings
+of the compilation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,34 @@ class CompilationError(RuntimeError):
 
 
 class Source:
-    """A file of kernels.
+    """Kernels of one operator: a file each, and what they share.
 
     Args:
-        path: The `.cu` file.
-        params: Mirror of its `struct Params`.
+        folder: Where `NAME.cu` lies for each kernel.
+        shared: The file in it that all kernels begin with; defines `struct Params`.
+        params: Mirror of that struct.
+        files: Names of files that hold kernels of other names: kernel -> file.
     """
 
-    def __init__(self, path: Path, params: type[ctypes.Structure]) -> None:
-        self.path, self.params = path, params
+    def __init__(
+        self,
+        folder: Path,
+        shared: str,
+        params: type[ctypes.Structure],
+        files: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> None:
+        self._folder, self._shared, self._files = folder, shared, files
+        self.params = params
         self._kernels: dict[tuple[Any, ...], Any] = {}
 
-    @functools.cached_property
-    def text(self) -> str:
-        """The whole translation unit."""
-        shared = Path(__file__).with_name("cuda.cuh")
-        return f'{shared.read_text()}\n#line 1 "{self.path.name}"\n{self.path.read_text()}'
+    def text(self, name: str) -> str:
+        """The whole translation unit of a kernel."""
+        paths = (
+            Path(__file__).with_name("cuda.cuh"),
+            self._folder / self._shared,
+            self._folder / self._files.get(name, f"{name}.cu"),
+        )
+        return "\n".join(f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}' for path in paths)
 
     def launch(
         self,
@@ -84,7 +97,7 @@ class Source:
         kernel = self._kernels.get(key)
         if kernel is None:
             words = [f"-DKERNEL_{name}", *(f"-D{k}={v}" for k, v in settings.items())]
-            kernel = self._kernels[key] = make(self, name, words, device)
+            kernel = self._kernels[key] = make(self.text(name), name, words, device)
         kernel(params, blocks, threads, shared)
 
 
@@ -121,10 +134,10 @@ class Kernel:
         return _check(code, f"launching {self.name}")
 
 
-def make(source: Source, name: str, words: list[str], device: torch.device) -> Any:
-    """Compile and load a kernel; the tests put their emulation here."""
+def make(text: str, name: str, words: list[str], device: torch.device) -> Any:
+    """Compile and load a kernel; emulation takes this function's place."""
     major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(_binary(source.text, [*words, f"--gpu-architecture=sm_{major}{minor}"]), name, device)
+    return Kernel(_binary(text, [*words, f"--gpu-architecture=sm_{major}{minor}"]), name, device)
 
 
 def runs_on(device: torch.device) -> str | None:
@@ -211,7 +224,7 @@ def _compile(text: str, options: list[str]) -> bytes:
     program = ctypes.c_void_p()
     words = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     _check(
-        nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None), "NVRTC"
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None), "NVRTC"
     )
     try:
         if nvrtc.nvrtcCompileProgram(program, len(options), words):

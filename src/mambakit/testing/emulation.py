@@ -56,9 +56,9 @@ def _interpreted(device: torch.device) -> str | None:
     return None if os.environ.get("TRITON_INTERPRET") == "1" else "Triton's interpreter is not switched on"
 
 
-def _make(source: cuda.Source, name: str, words: list[str], device: torch.device) -> Callable[..., None]:
+def _make(text: str, name: str, words: list[str], device: torch.device) -> Callable[..., None]:
     """What `cuda.make` does: a callable that runs a kernel."""
-    text = f'#include "{_HEADER}"\n{source.text.replace("#pragma once", "")}'
+    text = f'#include "{_HEADER}"\n{text.replace("#pragma once", "")}'
     definitions = [word for word in words if word.startswith("-D")]
     key = hashlib.sha256("\0".join([text, _HEADER.read_text(), *definitions]).encode()).hexdigest()[:32]
     folder = Path(tempfile.gettempdir()) / f"mambakit-emulation-{os.getuid()}"

@@ -1,4 +1,4 @@
-"""The causal convolution on NVIDIA GPUs: what `kernels.cu` needs to be told, and how its work is divided.
+"""The causal convolution on NVIDIA GPUs: what the kernels need to be told, and how its work is divided.
 
 Inputs may be slices of a larger tensor: only their last axis has to be contiguous. All sums have a fixed
 order.
@@ -38,7 +38,7 @@ class _Params(ctypes.Structure):
     ]
 
 
-SOURCE = cuda.Source(Path(__file__).with_name("kernels.cu"), _Params)
+SOURCE = cuda.Source(Path(__file__).parent, "strip.cuh", _Params)
 
 
 def unsupported(

@@ -1,4 +1,4 @@
-"""The selective scan on NVIDIA GPUs: what `kernels.cu` needs to be told, and how its work is divided.
+"""The selective scan on NVIDIA GPUs: what the kernels need to be told, and how its work is divided.
 
 Inputs may be slices of a larger tensor: only their last axis has to be contiguous. Gradients of B and C are
 added up by atomic operations, in no fixed order, unless `torch.use_deterministic_algorithms(True)` asks for a
@@ -43,7 +43,7 @@ class _Params(ctypes.Structure):
     ]
 
 
-SOURCE = cuda.Source(Path(__file__).with_name("kernels.cu"), _Params)
+SOURCE = cuda.Source(Path(__file__).parent, "tile.cuh", _Params, {"summarise_backward": "summarise.cu"})
 
 
 def unsupported(
@@ -262,7 +262,7 @@ class _Call:
         )
 
     def _shared(self, streams: int, tile: int) -> int:
-        """Bytes of shared memory: tiles staged twice, and `Tile` (see kernels.cu)."""
+        """Bytes of shared memory: tiles staged twice, and `Tile` (see tile.cuh)."""
         padded, size = self.per_state * self.lanes, self.x.element_size()
         staged = 2 * tile * (streams * (self.channels * size + 32) + 2 * padded * size)
         row = 8 * (self.channels + 2) + 4 * (self.channels + 4) + 8 * padded + 4

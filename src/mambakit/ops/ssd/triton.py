@@ -1,8 +1,8 @@
-"""State space duality on GPUs: how the Triton kernels of `triton_kernels.py` are started, and on what.
+"""State space duality on GPUs: how the kernels of `triton_kernels.py` and `triton_steps.py` are started.
 
-Inputs may be slices of a larger tensor: only their last axis has to be contiguous. Activations are
-multiplied in their own type with float32 sums; float32 activations follow PyTorch's switch for matrix
-products (`torch.set_float32_matmul_precision`). All sums are taken in a fixed order.
+Inputs may be slices of a larger tensor: only their last axis has to be contiguous. Activations are multiplied
+in their own type with float32 sums; float32 activations follow PyTorch's switch for matrix products
+(`torch.set_float32_matmul_precision`). All sums are taken in a fixed order.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def backward(saved: Sequence[Tensor], grads: Sequence[Tensor], *inputs: Any) -> 
 
 
 kernels = triton_utils.Kernels("mambakit.ops.ssd.triton_kernels")
+step_kernels = triton_utils.Kernels("mambakit.ops.ssd.triton_steps")
 
 
 class _Call:
@@ -190,7 +191,7 @@ class _Call:
             **self.packed, **self.precision, **LAUNCH["matrix_gradients"],
         )  # fmt: skip
         dA, ddt_bias = (torch.empty(by_chunk, **wide) for _ in range(2))
-        kernels.finish[self._step_grid()](
+        step_kernels.finish[self._step_grid()](
             self.dt, self.A, self.dt_bias, steps, total, dsteps, dlogs, inflow, overlap, ddt, dA, ddt_bias,
             *self.dt.stride(), self.length, self.h, self.chunks, total.numel(), **self.limits,
             PARTS=state_parts, Q=CHUNK, H=HEADS, **self.softplus,
@@ -218,7 +219,7 @@ class _Call:
         if self.seq_idx is not None:
             since = torch.empty(shape, **wide)
             borders = torch.empty(self.batch, self.chunks, CHUNK, dtype=torch.int32, device=self.device)
-        kernels.prepare[self._step_grid()](
+        step_kernels.prepare[self._step_grid()](
             self.dt, self.A, self.dt_bias, self.seq_idx, steps, since, entry, end, total, borders,
             *self.dt.stride(), self.length, self.h, self.chunks, **self.limits,
             Q=CHUNK, H=HEADS, **self.softplus, PACKED=self.seq_idx is not None,
