@@ -1,7 +1,7 @@
 """The conformance suite on every instruction level, and on libraries built with sanitizers.
 
 The suite itself runs on the level that this processor prefers. Here it runs again, in processes of their own,
-on the other levels; and under the address and undefined-behaviour sanitizers, which see a kernel read or write
+on the other levels; and under the address and undefined-behaviour sanitizers, which see a kernel reach
 one number beyond a tensor, an index that overflows, or a misaligned access.
 """
 

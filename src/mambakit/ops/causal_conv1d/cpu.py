@@ -43,9 +43,10 @@ def infer(
 ) -> list[Tensor]:
     """Outputs `(b, l, d)` and final state `(b, w - 1, d)`."""
     (batch, length, d), w = x.shape, weight.shape[1]
-    x, weight, bias, start = native.rows(x), *map(native.scalars, (weight, bias, initial_state))
+    x = native.rows(x)
+    weight, bias, start = native.scalars(weight), native.scalars(bias), native.scalars(initial_state)
     starts = native.starts(seq_idx)
-    y = torch.empty((batch, length, d), dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     final = start if in_place else torch.empty((batch, w - 1, d))
     _forward(
         *_inputs(x, weight, bias, start, starts),

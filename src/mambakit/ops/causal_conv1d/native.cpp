@@ -1,9 +1,9 @@
 // Causal depthwise convolution, forward and backward, over (b, l, d) with contiguous channels.
 //
-// A strip of LANES channels runs through a tile of tokens with its taps and its last w - 1 inputs in registers, so
-// every input is read once. A document's first token empties that window. The backward pass runs the same way:
-// it recomputes the output before the activation, keeps the w - 1 unfinished rows of the inputs' gradient in
-// registers, and looks w - 1 tokens beyond its tile. See MATH.md.
+// A strip of LANES channels runs through a few tokens with its taps and its last w - 1 inputs in registers, then its
+// neighbour does, so that every input is read once and memory is read along rows. A document's first token empties
+// the window. The backward pass runs the same way: it recomputes the output before the activation, keeps the w - 1
+// unfinished rows of the inputs' gradient, and looks w - 1 tokens beyond its end. See MATH.md.
 
 #include "kernel.h"
 
@@ -33,93 +33,123 @@ struct Args {
     int64_t silu, is_bf16, threads;
 };
 
-constexpr int64_t TILE = 128;    // tokens: rows of a strip stay in the first-level cache's reach
-constexpr int64_t GROUP = 16;    // strips per task
+constexpr int64_t TILE = 128;   // tokens per task
+constexpr int64_t GROUP = 16;   // strips per task
+constexpr int64_t STEP = 16;     // tokens that a strip takes at once, before its neighbour does
 constexpr int64_t MOST_TAPS = 32;
-constexpr int64_t PARTS = 64;    // partial sums of the weights' gradient, at most about
+constexpr int64_t PARTS = 64;   // partial sums of the weights' gradient, at most about
 
 // The filter of one strip: taps, bias and the window of past inputs. W is the width at compile time, or
 // MOST_TAPS for any.
 template <class T, int W>
 struct Strip {
-    const Args& a;
-    const int64_t row, channel;
-    const int lanes;
+    int64_t row, channel;
+    int lanes;
     vfloat tap[W], window[W], bias;
 
-    MAMBAKIT_INLINE int width() const { return W < MOST_TAPS ? W : static_cast<int>(a.w); }
+    static MAMBAKIT_INLINE int width(const Args& a) { return W < MOST_TAPS ? W : static_cast<int>(a.w); }
 
-    Strip(const Args& args, int64_t row, int64_t channel)
-        : a(args),
-          row(row),
-          channel(channel),
-          lanes(static_cast<int>(least(LANES, args.d - channel))) {
-        const int w = width();
-        float lane[W][LANES] = {};
-        const float* weight = a.weight + channel * w;
-        if (lanes == LANES) {
+    MAMBAKIT_INLINE void begin(const Args& a, int64_t of_row, int64_t of_channel, int64_t t) {
+        row = of_row;
+        channel = of_channel;
+        lanes = static_cast<int>(least(LANES, a.d - channel));
+        const int w = width(a);
+        load_taps(a.weight + channel * w, w);
+        bias = a.bias ? load(a.bias + channel, lanes) : vfloat{};
+        look_back(a, t);
+    }
+
+    // From (lanes, w) in memory to w vectors.
+    MAMBAKIT_INLINE void load_taps(const float* weight, int w) {
+        float lane[W][LANES];
+        if (lanes == LANES) {  // a loop of known length becomes shuffles
             for (int i = 0; i < LANES; ++i)
                 for (int k = 0; k < w; ++k) lane[k][i] = weight[i * w + k];
         } else {
-            for (int i = 0; i < lanes; ++i)
-                for (int k = 0; k < w; ++k) lane[k][i] = weight[i * w + k];
+            for (int i = 0; i < LANES; ++i)
+                for (int k = 0; k < w; ++k) lane[k][i] = i < lanes ? weight[i * w + k] : 0;
         }
         for (int k = 0; k < w; ++k) tap[k] = load(lane[k]);
-        bias = a.bias ? load(a.bias + channel, lanes) : vfloat{};
     }
 
-    const uint8_t* starts() const { return a.starts ? a.starts + row * a.l : nullptr; }
+    MAMBAKIT_INLINE const uint8_t* starts(const Args& a) const {
+        return a.starts ? a.starts + row * a.l : nullptr;
+    }
 
-    vfloat input(int64_t t) const {
-        return load(static_cast<const T*>(a.x) + row * a.x_batch + t * a.x_token + channel, lanes);
+    MAMBAKIT_INLINE vfloat input(const Args& a, int64_t t) const {
+        const T* x = static_cast<const T*>(a.x) + row * a.x_batch + t * a.x_token + channel;
+        prefetch(x);
+        return load(x, lanes);
+    }
+
+    // Where the state's number i of this strip lies.
+    MAMBAKIT_INLINE int64_t state(const Args& a, int64_t i) const {
+        return (row * (width(a) - 1) + i) * a.d + channel;
     }
 
     // window[k] becomes what tap k of token t sees, k < w - 1, unless t starts a document.
-    void look_back(int64_t t) {
+    MAMBAKIT_INLINE void look_back(const Args& a, int64_t t) {
+        const int w = width(a);
         bool open = true;
-        const int w = width();
         for (int distance = 1; distance < w; ++distance) {
             const int64_t seen = t - distance;
-            if (distance > 1 && a.starts && seen + 1 > 0) open = open && !starts()[seen + 1];
+            if (distance > 1 && a.starts && seen + 1 > 0) open = open && !starts(a)[seen + 1];
             vfloat& slot = window[w - 1 - distance];
-            if (open && seen >= 0) slot = input(seen);
-            else if (open && a.initial) slot = load(a.initial + state(w - 1 + seen), lanes);
+            if (open && seen >= 0) slot = input(a, seen);
+            else if (open && a.initial) slot = load(a.initial + state(a, w - 1 + seen), lanes);
             else slot = vfloat{};
         }
     }
 
-    int64_t state(int64_t i) const { return (row * (width() - 1) + i) * a.d + channel; }
-
-    MAMBAKIT_INLINE void forget() {
-        for (int k = 0; k < width() - 1; ++k) window[k] = vfloat{};
+    MAMBAKIT_INLINE void forget(const Args& a) {
+        for (int k = 0; k < width(a) - 1; ++k) window[k] = vfloat{};
     }
 
     // The filter's output before the activation; the newest input enters the window.
-    MAMBAKIT_INLINE vfloat filter(vfloat x) {
-        const int w = width();
+    MAMBAKIT_INLINE vfloat filter(const Args& a, vfloat x) {
+        const int w = width(a);
         window[w - 1] = x;
         vfloat sum = bias;
         for (int k = 0; k < w; ++k) sum = sum + tap[k] * window[k];
         return sum;
     }
 
-    MAMBAKIT_INLINE void shift() {
-        for (int k = 0; k < width() - 1; ++k) window[k] = window[k + 1];
+    MAMBAKIT_INLINE void shift(const Args& a) {
+        for (int k = 0; k < width(a) - 1; ++k) window[k] = window[k + 1];
     }
 };
 
 template <class T, int W, bool SILU>
-void filter_tile(const Args& a, int64_t row, int64_t channel, int64_t begin, int64_t end) {
-    Strip<T, W> strip(a, row, channel);
-    strip.look_back(begin);
-    const uint8_t* starts = strip.starts();
-    T* y = static_cast<T*>(a.y) + row * a.l * a.d + channel;
+MAMBAKIT_INLINE void filter_step(const Args& a, Strip<T, W>& strip, int64_t begin, int64_t end) {
+    const uint8_t* starts = strip.starts(a);
+    T* y = static_cast<T*>(a.y) + strip.row * a.l * a.d + strip.channel;
     for (int64_t t = begin; t < end; ++t) {
-        if (starts && starts[t]) strip.forget();
-        const vfloat sum = strip.filter(strip.input(t));
+        if (starts && starts[t]) strip.forget(a);
+        const vfloat sum = strip.filter(a, strip.input(a, t));
+        prefetch(y + t * a.d);
         store(y + t * a.d, SILU ? silu(sum) : sum, strip.lanes);
-        strip.shift();
+        strip.shift(a);
     }
+}
+
+template <class T, int W, bool SILU>
+void filter_tile(const Args& a, int64_t row, int64_t channel, int64_t strips, int64_t begin, int64_t end) {
+    if (end - begin <= STEP) {  // one token, most of all
+        for (int64_t i = 0; i < strips; ++i) {
+            Strip<T, W> strip;
+            strip.begin(a, row, channel + i * LANES, begin);
+            filter_step<T, W, SILU>(a, strip, begin, end);
+        }
+        return;
+    }
+    Strip<T, W> strip[GROUP];
+    for (int64_t i = 0; i < strips; ++i) strip[i].begin(a, row, channel + i * LANES, begin);
+    for (int64_t t = begin; t < end; t += STEP)
+        for (int64_t i = 0; i < strips; ++i) {
+            Strip<T, W> local = strip[i];  // stays in registers
+            filter_step<T, W, SILU>(a, local, t, least(end, t + STEP));
+            for (int k = 0; k < local.width(a) - 1; ++k) strip[i].window[k] = local.window[k];
+        }
 }
 
 // The last w - 1 inputs of every row, zeros where they belong to another document than the last token.
@@ -156,82 +186,107 @@ void forward_tiles(const Args& a) {
     parallel_for(a.b * tiles * groups, threads, [&](int64_t task) {
         const int64_t group = task % groups, tile = task / groups % tiles, row = task / groups / tiles;
         const int64_t begin = tile * TILE, end = least(a.l, begin + TILE);
-        const int64_t last = least(a.d, (group + 1) * GROUP * LANES);
-        for (int64_t c = group * GROUP * LANES; c < last; c += LANES) {
-            if (a.silu) filter_tile<T, W, true>(a, row, c, begin, end);
-            else filter_tile<T, W, false>(a, row, c, begin, end);
-        }
+        const int64_t first = group * GROUP * LANES;
+        const int64_t strips = least(GROUP, ceil_div(a.d - first, LANES));
+        if (a.silu) filter_tile<T, W, true>(a, row, first, strips, begin, end);
+        else filter_tile<T, W, false>(a, row, first, strips, begin, end);
     });
 }
 
-// One strip through one tile of the backward pass. `sums` holds w + 1 rows of d: the taps' and the bias's.
+// The backward pass of one strip: what its forward pass needs, the gradients of the inputs in the window, which
+// later tokens still add to, and the sums over time that are the gradients of taps and bias.
 template <class T, int W>
-void backward_tile(const Args& a, int64_t row, int64_t channel, int64_t begin, int64_t end, float* sums) {
-    Strip<T, W> strip(a, row, channel);
-    const int w = strip.width(), lanes = strip.lanes;
-    const uint8_t* starts = strip.starts();
-    const T* grad_y = static_cast<const T*>(a.grad_y) + row * a.l * a.d + channel;
-    T* grad_x = static_cast<T*>(a.grad_x) + row * a.l * a.d + channel;
-    vfloat unfinished[W] = {};  // gradients of the inputs in the window
-    vfloat grad_tap[W], grad_bias = load(sums + w * a.d + channel, lanes);
-    for (int k = 0; k < w; ++k) grad_tap[k] = load(sums + k * a.d + channel, lanes);
-    int64_t first = begin == 0 ? -(w - 1) : begin;  // input whose gradient is due next
+struct BackwardStrip {
+    Strip<T, W> strip;
+    vfloat unfinished[W], grad_tap[W], grad_bias;
+    int64_t first, end;  // the inputs whose gradients are this task's, and not yet finished
 
-    const auto finish = [&](int64_t t, vfloat grad) {
-        if (t < first || t >= end) return;
-        if (t >= 0) store(grad_x + t * a.d, grad, lanes);
-        else if (a.grad_initial) store(a.grad_initial + strip.state(w - 1 + t), grad, lanes);
-    };
-
-    strip.look_back(begin);
-    const int64_t stop = least(a.l, end + w - 1);
-    for (int64_t t = begin; t < stop; ++t) {
-        if (starts && starts[t]) {
-            for (int k = 0; k < w - 1; ++k) finish(t - (w - 1) + k, unfinished[k]);
-            for (int k = 0; k < w; ++k) unfinished[k] = vfloat{};
-            first = t;
-            strip.forget();
-        }
-        const vfloat sum = strip.filter(strip.input(t));
-        vfloat grad = load(grad_y + t * a.d, lanes);
-        if (a.silu) grad = grad * silu_slope(sum, sigmoid(sum));
-        if (t < end) {
-            for (int k = 0; k < w; ++k) grad_tap[k] = grad_tap[k] + grad * strip.window[k];
-            grad_bias = grad_bias + grad;
-        }
-        unfinished[w - 1] = vfloat{};
-        for (int k = 0; k < w; ++k) unfinished[k] = unfinished[k] + grad * strip.tap[k];
-        finish(t - (w - 1), unfinished[0]);
-        for (int k = 0; k < w - 1; ++k) unfinished[k] = unfinished[k + 1];
-        strip.shift();
+    void begin(const Args& a, int64_t row, int64_t channel, int64_t begin_, int64_t end_) {
+        strip.begin(a, row, channel, begin_);
+        first = begin_ == 0 ? -(strip.width(a) - 1) : begin_;
+        end = end_;
+        for (int k = 0; k < strip.width(a); ++k) unfinished[k] = grad_tap[k] = vfloat{};
+        grad_bias = vfloat{};
     }
-    if (stop == a.l)  // what remains is the final state, whose gradient comes from outside
-        for (int k = 0; k < w - 1; ++k)
-            finish(stop - (w - 1) + k, unfinished[k] + load(a.grad_final + strip.state(k), lanes));
-    for (int k = 0; k < w; ++k) store(sums + k * a.d + channel, grad_tap[k], lanes);
-    store(sums + w * a.d + channel, grad_bias, lanes);
-}
 
-// A task takes several tiles of one row, so that few partial sums of the weights' gradient are kept. How the
-// tokens are cut depends on the sizes alone: the result does not depend on the number of threads.
+    MAMBAKIT_INLINE void finish(const Args& a, int64_t t, vfloat grad) {
+        if (t < first || t >= end) return;
+        T* grad_x = static_cast<T*>(a.grad_x) + strip.row * a.l * a.d + strip.channel;
+        prefetch(grad_x + t * a.d);
+        if (t >= 0) store(grad_x + t * a.d, grad, strip.lanes);
+        else if (a.grad_initial)
+            store(a.grad_initial + strip.state(a, strip.width(a) - 1 + t), grad, strip.lanes);
+    }
+
+    // A document ends before token t: nothing is added to its inputs' gradients any more.
+    void cut(const Args& a, int64_t t) {
+        const int w = strip.width(a);
+        for (int k = 0; k < w - 1; ++k) finish(a, t - (w - 1) + k, unfinished[k]);
+        for (int k = 0; k < w; ++k) unfinished[k] = vfloat{};
+        first = most(first, t);
+        strip.forget(a);
+    }
+
+    // Tokens from `from` to `to`. Those from `end` on belong to the next task and count for inputs only.
+    MAMBAKIT_INLINE void run(const Args& a, int64_t from, int64_t to) {
+        const int w = strip.width(a);
+        const uint8_t* starts = strip.starts(a);
+        const T* grad_y = static_cast<const T*>(a.grad_y) + strip.row * a.l * a.d + strip.channel;
+        for (int64_t t = from; t < to; ++t) {
+            if (starts && starts[t]) cut(a, t);
+            const vfloat sum = strip.filter(a, strip.input(a, t));
+            vfloat grad = load(grad_y + t * a.d, strip.lanes);
+            prefetch(grad_y + t * a.d);
+            if (a.silu) grad = grad * silu_slope(sum, sigmoid(sum));
+            if (t < end) {
+                for (int k = 0; k < w; ++k) grad_tap[k] = grad_tap[k] + grad * strip.window[k];
+                grad_bias = grad_bias + grad;
+            }
+            unfinished[w - 1] = vfloat{};
+            for (int k = 0; k < w; ++k) unfinished[k] = unfinished[k] + grad * strip.tap[k];
+            finish(a, t - (w - 1), unfinished[0]);
+            for (int k = 0; k < w - 1; ++k) unfinished[k] = unfinished[k + 1];
+            strip.shift(a);
+        }
+    }
+
+    // After the last token: what is unfinished is the final state, whose gradient comes from outside. The
+    // sums go to `sums`, w + 1 rows of d: the taps' and the bias's.
+    void close(const Args& a, int64_t stop, float* sums) {
+        const int w = strip.width(a);
+        if (stop == a.l)
+            for (int k = 0; k < w - 1; ++k)
+                finish(a, stop - (w - 1) + k,
+                       unfinished[k] + load(a.grad_final + strip.state(a, k), strip.lanes));
+        for (int k = 0; k < w; ++k) store(sums + k * a.d + strip.channel, grad_tap[k], strip.lanes);
+        store(sums + w * a.d + strip.channel, grad_bias, strip.lanes);
+    }
+};
+
+// How the tokens are cut into tasks depends on the sizes alone, so the sums do not depend on the number of
+// threads; and few tasks per row, so that few sums are kept.
 template <class T, int W>
 void backward_tiles(const Args& a) {
-    const int64_t tiles = ceil_div(a.l, TILE), groups = ceil_div(a.d, GROUP * LANES);
-    const int64_t tiles_each = ceil_div(tiles * a.b, PARTS), parts = ceil_div(tiles, tiles_each);
+    const int64_t groups = ceil_div(a.d, GROUP * LANES);
+    const int64_t length = TILE * ceil_div(ceil_div(a.l, TILE) * a.b, PARTS), parts = ceil_div(a.l, length);
     const int64_t threads = a.b * a.l * a.d < 8192 ? 1 : a.threads;
     const int64_t width = (a.w + 1) * a.d;
     Scratch scratch(a.b * parts * width);
     float* sums = scratch.take(a.b * parts * width);
     parallel_for(a.b * parts * groups, threads, [&](int64_t task) {
         const int64_t group = task % groups, part = task / groups % parts, row = task / groups / parts;
-        const int64_t first = group * GROUP * LANES, last = least(a.d, first + GROUP * LANES);
-        float* own = sums + (row * parts + part) * width;
-        for (int64_t k = 0; k <= a.w; ++k)
-            for (int64_t c = first; c < last; ++c) own[k * a.d + c] = 0;
-        const int64_t end = least(a.l, (part + 1) * tiles_each * TILE);
-        for (int64_t begin = part * tiles_each * TILE; begin < end; begin += TILE)
-            for (int64_t c = first; c < last; c += LANES)
-                backward_tile<T, W>(a, row, c, begin, least(end, begin + TILE), own);
+        const int64_t begin = part * length, end = least(a.l, begin + length);
+        const int64_t stop = least(a.l, end + a.w - 1), first = group * GROUP * LANES;
+        const int64_t strips = least(GROUP, ceil_div(a.d - first, LANES));
+        BackwardStrip<T, W> strip[GROUP];
+        for (int64_t i = 0; i < strips; ++i) strip[i].begin(a, row, first + i * LANES, begin, end);
+        for (int64_t t = begin; t < stop; t += STEP)
+            for (int64_t i = 0; i < strips; ++i) {
+                BackwardStrip<T, W> local = strip[i];
+                local.run(a, t, least(stop, t + STEP));
+                strip[i] = local;
+            }
+        for (int64_t i = 0; i < strips; ++i) strip[i].close(a, stop, sums + (row * parts + part) * width);
     });
     for (int64_t part = 1; part < a.b * parts; ++part)
         for (int64_t i = 0; i < width; ++i) sums[i] += sums[part * width + i];

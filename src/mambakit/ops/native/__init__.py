@@ -200,11 +200,9 @@ def unsupported(x: Tensor, *others: Tensor | None) -> str | None:
         apart), or no library.
     """
     for tensor in (x, *others):
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu":
-            return f"the tensors are on {tensor.device}, not on the CPU"
-        if tensor.dtype not in DTYPES:
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in DTYPES):
+            if not tensor.is_cpu:
+                return f"the tensors are on {tensor.device}, not on the CPU"
             return f"it takes float32 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "it cannot be transformed by torch.func"
@@ -218,12 +216,14 @@ def pointer(tensor: Tensor | None) -> int:
 
 def rows(tensor: Tensor) -> Tensor:
     """The tensor itself if its last dimension is contiguous, else a copy for which that is so."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def scalars(tensor: Tensor | None) -> Tensor | None:
     """Weights, rates and states as the kernels read them: float32, contiguous."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.float32).contiguous()
 
 
 def common(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

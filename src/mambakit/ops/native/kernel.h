@@ -79,6 +79,13 @@ class Scratch {
 #endif
 };
 
+// Fetch the cache line that the strip after the next will read or write. Strips walk down a few rows that lie
+// far apart, which no hardware prefetcher follows.
+template <class T>
+MAMBAKIT_INLINE void prefetch(const T* strip) {
+    __builtin_prefetch(strip + 2 * LANES);
+}
+
 MAMBAKIT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 MAMBAKIT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 MAMBAKIT_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

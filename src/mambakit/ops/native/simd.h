@@ -226,9 +226,9 @@ MAMBAKIT_INLINE vfloat exp2(vfloat v) {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// e^v to about 1 unit in the last place, 1 exactly at 0; ln 2 in two parts keeps the digits of large arguments.
-MAMBAKIT_INLINE vfloat exp(vfloat v) {
-    v = at_most(at_least(v, -88.02969f), 88.72284f);  // -127 and 128 times ln 2
+// e^v to about 1 unit in the last place, 1 exactly at 0, for -88 <= v <= 88.7; ln 2 in two parts keeps the digits
+// of large arguments.
+MAMBAKIT_INLINE vfloat exp_in_range(vfloat v) {
     const float magic = 12582912.0f;
     const vfloat shifted = v * LOG2_E + magic;
     const vfloat i = shifted - magic;
@@ -242,9 +242,14 @@ MAMBAKIT_INLINE vfloat exp(vfloat v) {
     return bit_cast<vfloat>(bit_cast<vint>(q) + (bit_cast<vint>(shifted) << 23));
 }
 
-// 1 / (1 + e^-v).
+// e^v for any v.
+MAMBAKIT_INLINE vfloat exp(vfloat v) {
+    return exp_in_range(at_most(at_least(v, -88.02969f), 88.72284f));  // -127 and 128 times ln 2
+}
+
+// 1 / (1 + e^-v). Beyond 87 the sum would be infinite, beyond -87 it is 1 already.
 MAMBAKIT_INLINE vfloat sigmoid(vfloat v) {
-    return reciprocal(1.0f + exp(at_most(-v, 87.0f)));  // beyond it the sum would be infinite
+    return reciprocal(1.0f + exp_in_range(at_most(at_least(-v, -87.0f), 87.0f)));
 }
 
 MAMBAKIT_INLINE vfloat silu(vfloat v) { return v * sigmoid(v); }
@@ -266,7 +271,7 @@ MAMBAKIT_INLINE vfloat log1p_unit(vfloat v) {
 
 // log(1 + e^v), without overflow.
 MAMBAKIT_INLINE vfloat softplus(vfloat v) {
-    return at_least(v, 0.0f) + log1p_unit(exp(-absolute(v)));
+    return at_least(v, 0.0f) + log1p_unit(exp_in_range(at_least(-absolute(v), -87.0f)));
 }
 
 }  // namespace mambakit
