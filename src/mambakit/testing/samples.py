@@ -169,13 +169,15 @@ def _causal_conv1d(
     return build
 
 
-def _norm(kind: str = "rms", *, gated: bool = False, bare: bool = False, **options: Any) -> Build:
+def _norm(
+    kind: str = "rms", *, l: int = 11, d: int = 12, gated: bool = False, bare: bool = False, **options: Any
+) -> Build:
     def build(draw: Draw) -> dict[str, Any]:
         return {
-            "x": draw.normal(2, 11, 12),
-            "weight": None if bare else draw.normal(12),
-            "bias": None if bare else draw.normal(12),
-            "z": draw.normal(2, 11, 12) if gated else None,
+            "x": draw.normal(2, l, d),
+            "weight": None if bare else draw.normal(d),
+            "bias": None if bare else draw.normal(d),
+            "z": draw.normal(2, l, d) if gated else None,
             "kind": kind,
             **options,
         }
@@ -301,6 +303,11 @@ CASES: tuple[Case, ...] = (
     Case("cross_entropy", "ignored", _cross_entropy(ignored=True), ()),
     Case("cross_entropy", "large-scores", _cross_entropy(scale=300.0), ()),
     Case("cross_entropy", "wide", _cross_entropy(n=3, v=5000), ()),
+    Case("norm", "wide", _norm(l=61, d=281, gated=True), _NORM),
+    Case("norm", "layer-wide", _norm("layer", l=61, d=281), _NORM),
+    Case("norm", "layer-gated-after", _norm("layer", d=33, gated=True, norm_before_gate=True), _NORM),
+    Case("norm", "wide-grouped", _norm(d=120, gated=True, group_size=40, bare=True), _NORM),
+    Case("norm", "one-channel", _norm(d=1), _NORM),
     Case("attention", "plain", _attention(), _ATTENTION),
     Case("attention", "one-token", _attention(l=1), _ATTENTION),
     Case("attention", "long", _attention(l=150), _ATTENTION),

@@ -219,6 +219,22 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def even_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor as rows of its last dimension at one distance from each other, and that distance.
+
+    A slice of channels is taken as it is; what cannot be seen that way is copied.
+    """
+    if tensor.is_contiguous():
+        return tensor, tensor.shape[-1]
+    strides, shape = tensor.stride(), tensor.shape
+    even = strides[-1] == 1 and all(
+        strides[i] == strides[i + 1] * shape[i + 1] for i in range(tensor.dim() - 2)
+    )
+    if even and tensor.dim() > 1:
+        return tensor, strides[-2]
+    return tensor.contiguous(), shape[-1]
+
+
 def scalars(tensor: Tensor | None) -> Tensor | None:
     """Weights, rates and states as the kernels read them: float32, contiguous."""
     if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
