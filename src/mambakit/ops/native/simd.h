@@ -9,6 +9,7 @@
 // NaN goes through every function; arguments beyond the range give 0 or infinity.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -242,9 +243,11 @@ MAMBAKIT_INLINE vfloat exp_in_range(vfloat v) {
     return bit_cast<vfloat>(bit_cast<vint>(q) + (bit_cast<vint>(shifted) << 23));
 }
 
-// e^v for any v.
+// e^v for any v; 0 below the normal numbers.
 MAMBAKIT_INLINE vfloat exp(vfloat v) {
-    return exp_in_range(at_most(at_least(v, -88.02969f), 88.72284f));  // -127 and 128 times ln 2
+    const vfloat y = exp_in_range(at_most(at_least(v, -87.33f), 88.72f));
+    const vfloat low = v < -87.33f ? vfloat{} : y;
+    return v > 88.72f ? vfloat{} + INFINITY : low;
 }
 
 // 1 / (1 + e^-v). Beyond 87 the sum would be infinite, beyond -87 it is 1 already.
@@ -272,6 +275,79 @@ MAMBAKIT_INLINE vfloat log1p_unit(vfloat v) {
 // log(1 + e^v), without overflow.
 MAMBAKIT_INLINE vfloat softplus(vfloat v) {
     return at_least(v, 0.0f) + log1p_unit(exp_in_range(at_least(-absolute(v), -87.0f)));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Transposition
+
+// Exchange, between two rows, what a transposition of blocks of D lanes exchanges.
+template <int D>
+MAMBAKIT_INLINE void exchange(vfloat& a, vfloat& b) {
+    vint upper, lower;
+    for (int i = 0; i < LANES; ++i) {
+        upper[i] = i & D ? LANES + (i ^ D) : i;
+        lower[i] = i & D ? LANES + i : i ^ D;
+    }
+#if defined(__clang__)
+    const vfloat old_a = a, old_b = b;
+    for (int i = 0; i < LANES; ++i) {
+        a[i] = upper[i] < LANES ? old_a[upper[i]] : old_b[upper[i] - LANES];
+        b[i] = lower[i] < LANES ? old_a[lower[i]] : old_b[lower[i] - LANES];
+    }
+#else
+    const vfloat old = a;
+    a = __builtin_shuffle(old, b, upper);
+    b = __builtin_shuffle(old, b, lower);
+#endif
+}
+
+// LANES rows become LANES columns.
+MAMBAKIT_INLINE void transpose(vfloat (&row)[LANES]) {
+    for (int i = 0; i < LANES; i += 2) exchange<1>(row[i], row[i + 1]);
+    for (int i = 0; i < LANES; ++i)
+        if (!(i & 2)) exchange<2>(row[i], row[i + 2]);
+    if constexpr (LANES > 4)
+        for (int i = 0; i < LANES; ++i)
+            if (!(i & 4)) exchange<4>(row[i], row[i + 4]);
+    if constexpr (LANES > 8)
+        for (int i = 0; i < 8; ++i) exchange<8>(row[i], row[i + 8]);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// float64, for what is multiplied along a whole sequence
+
+constexpr int DOUBLES = LANES / 2;
+typedef double vdouble __attribute__((vector_size(4 * LANES)));
+typedef int64_t vlong __attribute__((vector_size(4 * LANES)));
+
+MAMBAKIT_INLINE vdouble load(const double* from) {
+    vdouble v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+MAMBAKIT_INLINE void store(double* to, vdouble v) { std::memcpy(to, &v, sizeof v); }
+
+// e^v with a relative error of 3e-13, 1 exactly at 0; below e^-708 it is 0.
+MAMBAKIT_INLINE vdouble exp(vdouble v) {
+    const vdouble kept = v < -708.0 ? vdouble{} - 708.0 : v > 709.0 ? vdouble{} + 709.0 : v;
+    const double magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+    const vdouble shifted = kept * 1.4426950408889634 + magic;
+    const vdouble i = shifted - magic;
+    const vdouble r = (kept - i * 0.693147180369123816490) - i * 1.90821492927058770002e-10;
+    vdouble q = r * (1.0 / 3628800) + 1.0 / 362880;  // Taylor's series: |r| <= ln 2 / 2
+    q = q * r + 1.0 / 40320;
+    q = q * r + 1.0 / 5040;
+    q = q * r + 1.0 / 720;
+    q = q * r + 1.0 / 120;
+    q = q * r + 1.0 / 24;
+    q = q * r + 1.0 / 6;
+    q = q * r + 0.5;
+    q = q * r + 1.0;
+    q = q * r + 1.0;
+    const vdouble y = bit_cast<vdouble>(bit_cast<vlong>(q) + (bit_cast<vlong>(shifted) << 52));
+    const vdouble low = v < -708.0 ? vdouble{} : y;
+    return v > 709.0 ? vdouble{} + INFINITY : low;
 }
 
 }  // namespace mambakit
