@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import native
+from mambakit.ops.operands import rows, scalars
 
 device = "cpu"
 dtypes = native.DTYPES
@@ -43,8 +44,8 @@ def infer(
 ) -> list[Tensor]:
     """Outputs `(b, l, d)` and final state `(b, w - 1, d)`."""
     (batch, length, d), w = x.shape, weight.shape[1]
-    x = native.rows(x)
-    weight, bias, start = native.scalars(weight), native.scalars(bias), native.scalars(initial_state)
+    x = rows(x, x.dtype)
+    weight, bias, start = scalars(weight), scalars(bias), scalars(initial_state)
     starts = native.starts(seq_idx)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     final = start if in_place else torch.empty((batch, w - 1, d))
@@ -83,7 +84,7 @@ def backward(
     """Gradients of `x`, `weight`, and where given `bias` and the initial state."""
     (batch, length, d), w = x.shape, weight.shape[1]
     tensors = (weight, bias, initial_state)
-    x, weight_, bias_, start = native.rows(x), *map(native.scalars, tensors)
+    x, weight_, bias_, start = rows(x, x.dtype), *map(scalars, tensors)
     starts = native.starts(seq_idx)
     grad_y, grad_final = (g.contiguous() for g in grads)
     grad_x = torch.empty((batch, length, d), dtype=x.dtype)
@@ -95,7 +96,7 @@ def backward(
         *(batch, length, d, w, activation == "silu", x.dtype == torch.bfloat16, torch.get_num_threads()),
     )
     found = [g.to(t.dtype) for t, g in zip(tensors, others, strict=True) if t is not None]
-    return [grad_x, *found, None]  # the last for `seq_idx`
+    return [grad_x, *found, *([] if seq_idx is None else [None])]
 
 
 def _inputs(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mambakit.config import unknown
 from mambakit.ops.native import build
+from mambakit.ops.operands import common_type, rows
 from mambakit.ops.shapes import same_document
 
 ENVIRONMENT = "MAMBAKIT_NATIVE"
@@ -196,27 +197,19 @@ def unsupported(x: Tensor, *others: Tensor | None) -> str | None:
         *others: Its other floating-point inputs.
 
     Returns:
-        The first reason: another device or type, a transform of `torch.func` (which needs the operator taken
-        apart), or no library.
+        The first reason: another device or type, or no library.
     """
     for tensor in (x, *others):
         if tensor is not None and not (tensor.is_cpu and tensor.dtype in DTYPES):
             if not tensor.is_cpu:
                 return f"the tensors are on {tensor.device}, not on the CPU"
             return f"it takes float32 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "it cannot be transformed by torch.func"
     return _reason()
 
 
 def pointer(tensor: Tensor | None) -> int:
     """The address of a tensor's first element; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if its last dimension is contiguous, else a copy for which that is so."""
-    return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def even_rows(tensor: Tensor) -> tuple[Tensor, int]:
@@ -235,19 +228,10 @@ def even_rows(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.contiguous(), shape[-1]
 
 
-def scalars(tensor: Tensor | None) -> Tensor | None:
-    """Weights, rates and states as the kernels read them: float32, contiguous."""
-    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
-        return tensor
-    return tensor.to(torch.float32).contiguous()
-
-
 def common(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Sequence tensors in their common type, each with a contiguous last dimension."""
-    dtypes = {t.dtype for t in tensors if t is not None}
-    if len(dtypes) > 1:
-        tensors = [None if t is None else t.to(torch.float32) for t in tensors]
-    return [None if t is None else rows(t) for t in tensors]
+    dtype = common_type(*tensors)
+    return [rows(tensor, dtype) for tensor in tensors]
 
 
 def starts(seq_idx: Tensor | None) -> Tensor | None:

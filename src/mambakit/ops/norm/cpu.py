@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mambakit.ops import native
+from mambakit.ops.operands import scalars
 
 device = "cpu"
 dtypes = native.DTYPES
@@ -80,7 +81,7 @@ def _held(x: Tensor, weight: Tensor | None, bias: Tensor | None, z: Tensor | Non
     if z is not None and z.dtype != x.dtype:
         x, z = x.to(torch.float32), z.to(torch.float32)
     z, z_row = (None, 0) if z is None else native.even_rows(z)
-    return (*native.even_rows(x), z, z_row, native.scalars(weight), native.scalars(bias))
+    return (*native.even_rows(x), z, z_row, scalars(weight), scalars(bias))
 
 
 def _inputs(
