@@ -14,6 +14,7 @@ import mambakit
 from mambakit import ops
 from mambakit.cli.console import count, facts, out
 from mambakit.data.fetch import ENVIRONMENT, cache_folder
+from mambakit.ops import native
 from mambakit.ops.dispatch import registry
 from mambakit.testing.samples import CASES, Draw
 from mambakit.training.summary import hardware
@@ -57,9 +58,21 @@ def _machine() -> dict[str, str]:
         "torch": torch.__version__,
         "processor": f"{place['cpu']}, {place['cores']} cores for this process",
         "threads": f"{place['threads']} (OMP_NUM_THREADS changes it)",
+        "C++ kernels": _native(),
         "GPU": _gpus(),
         "disk here": f"{count(disk.free, 'B')} free of {count(disk.total, 'B')}",
     }
+
+
+def _native() -> str:
+    """The library in use, who made it and whose threads it runs on, or what is missing."""
+    found = native.load()
+    if found.library is None:
+        return f"none: {found.reason}"
+    threads = (
+        f"threads of {Path(found.openmp).name}" if found.parallel else f"one thread; OpenMP: {found.openmp}"
+    )
+    return f"{found.level}, compiled by {found.compiler}\n{threads}"
 
 
 def _gpus() -> str:

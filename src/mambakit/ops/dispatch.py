@@ -135,6 +135,8 @@ class Op:
         raise ValueError(f"{self.name}: no backend takes these inputs")
 
     def _unsupported(self, name: str, inputs: Sequence[Any]) -> str | None:
+        if name in self.kernels and _is_transformed():
+            return "torch.func cannot look inside it"
         test = getattr(self.backends[name], "unsupported", None)
         return test(*inputs) if test else None
 
@@ -337,6 +339,11 @@ def _is_plain_inference(inputs: Sequence[Any]) -> bool:
 def _is_listened() -> bool:
     """Whether operators are traced or counted, so that a kernel must be called as one of them."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_transformed() -> bool:
+    """Whether this runs inside `torch.func.grad`, `vmap` and the like, whose tensors have no memory."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class _Kernel(torch.autograd.Function):

@@ -19,10 +19,12 @@ def rows(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Activations in a type, their last axis contiguous; a slice of a larger tensor stays one."""
     if tensor is None:
         return None
-    tensor = tensor.to(dtype)
+    tensor = tensor if tensor.dtype is dtype else tensor.to(dtype)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def scalars(tensor: Tensor | None) -> Tensor | None:
     """A parameter or a recurrent state as contiguous float32."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.float32).contiguous()

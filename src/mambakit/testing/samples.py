@@ -169,13 +169,15 @@ def _causal_conv1d(
     return build
 
 
-def _norm(kind: str = "rms", *, gated: bool = False, bare: bool = False, **options: Any) -> Build:
+def _norm(
+    kind: str = "rms", *, l: int = 11, d: int = 12, gated: bool = False, bare: bool = False, **options: Any
+) -> Build:
     def build(draw: Draw) -> dict[str, Any]:
         return {
-            "x": draw.normal(2, 11, 12),
-            "weight": None if bare else draw.normal(12),
-            "bias": None if bare else draw.normal(12),
-            "z": draw.normal(2, 11, 12) if gated else None,
+            "x": draw.normal(2, l, d),
+            "weight": None if bare else draw.normal(d),
+            "bias": None if bare else draw.normal(d),
+            "z": draw.normal(2, l, d) if gated else None,
             "kind": kind,
             **options,
         }
@@ -279,7 +281,12 @@ CASES: tuple[Case, ...] = (
     Case("ssd", "matrix-D", _ssd(matrix_D=True, g=4), _SCAN),
     Case("ssd", "long-steps", _ssd(dt_scale=30.0), _SCAN),
     Case("ssd", "dt-limit", _ssd(dt_limit=(0.05, 0.8)), _SCAN),
+    Case("ssd", "odd-sizes", _ssd(l=37, h=3, p=17, g=1, n=33), _SCAN),
+    Case("ssd", "one-column", _ssd(l=37, h=3, p=1, g=3, n=1), _SCAN),
+    Case("ssd", "wide", _ssd(b=1, l=21, h=2, p=70, g=1, n=130), _SCAN),
+    Case("ssd", "long", _ssd(b=1, l=300, h=2, g=1), _SCAN),
     Case("ssd", "packed", _ssd(packed=True), _SCAN),
+    Case("ssd", "packed-long", _ssd(b=1, l=300, h=2, packed=True, dt_scale=5.0), _SCAN),
     Case("causal_conv1d", "plain", _causal_conv1d(), _CONV),
     Case("causal_conv1d", "one-token", _causal_conv1d(l=1), _CONV),
     Case("causal_conv1d", "bare", _causal_conv1d(l=64, bare=True), _CONV),
@@ -288,12 +295,20 @@ CASES: tuple[Case, ...] = (
     Case("causal_conv1d", "packed", _causal_conv1d(packed=True), _CONV),
     Case("causal_conv1d", "many-channels", _causal_conv1d(b=1, l=140, d=264), _CONV),
     Case("causal_conv1d", "long-packed", _causal_conv1d(b=1, l=530, d=8, packed=True), _CONV),
+    Case("causal_conv1d", "wide", _causal_conv1d(l=133, d=281), _CONV),
+    Case("causal_conv1d", "two-taps", _causal_conv1d(l=9, d=16, w=2), _CONV),
+    Case("causal_conv1d", "many-rows", _causal_conv1d(b=70, l=5, d=3, w=3), _CONV),
     Case("norm", "plain", _norm(), _NORM),
     Case("norm", "bare", _norm(bare=True), _NORM),
     Case("norm", "layer", _norm("layer"), _NORM),
     Case("norm", "gated", _norm(gated=True), _NORM),
     Case("norm", "gated-after-grouped", _norm(gated=True, group_size=4, norm_before_gate=True), _NORM),
     Case("norm", "layer-grouped", _norm("layer", gated=True, group_size=3), _NORM),
+    Case("norm", "wide", _norm(l=61, d=281, gated=True), _NORM),
+    Case("norm", "layer-wide", _norm("layer", l=61, d=281), _NORM),
+    Case("norm", "layer-gated-after", _norm("layer", d=33, gated=True, norm_before_gate=True), _NORM),
+    Case("norm", "wide-grouped", _norm(d=120, gated=True, group_size=40, bare=True), _NORM),
+    Case("norm", "one-channel", _norm(d=1), _NORM),
     Case("cross_entropy", "plain", _cross_entropy(), ()),
     Case("cross_entropy", "ignored", _cross_entropy(ignored=True), ()),
     Case("cross_entropy", "large-scores", _cross_entropy(scale=300.0), ()),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambakit.config import unknown
 from mambakit.ops import shapes
-from mambakit.ops.causal_conv1d import chunked, cuda, reference
+from mambakit.ops.causal_conv1d import chunked, cpu, cuda, reference
 from mambakit.ops.dispatch import Op
 
 ACTIVATIONS = ("silu",)
@@ -30,7 +30,7 @@ def _fake(x: Tensor, weight: Tensor, *_: object) -> list[Tensor]:
 
 _op = Op(
     "causal_conv1d",
-    {"cuda": cuda, "chunked": chunked, "reference": reference},
+    {"cpu": cpu, "cuda": cuda, "chunked": chunked, "reference": reference},
     outputs=2,
     fake=_fake,
     flops=_flops,

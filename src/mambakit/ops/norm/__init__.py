@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mambakit.config import unknown
 from mambakit.ops.dispatch import Op
-from mambakit.ops.norm import chunked, reference, triton
+from mambakit.ops.norm import chunked, cpu, reference, triton
 
 KINDS = ("rms", "layer")
 
 _op = Op(
     "norm",
-    {"triton": triton, "chunked": chunked, "reference": reference},
+    {"cpu": cpu, "triton": triton, "chunked": chunked, "reference": reference},
     fake=lambda x, *_: [torch.empty_like(x, memory_format=torch.contiguous_format)],
     flops=lambda x, *_: 4 * x.numel(),
 )

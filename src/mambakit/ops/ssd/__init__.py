@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambakit.ops import shapes
 from mambakit.ops.dispatch import Op
-from mambakit.ops.ssd import chunked, reference, triton
+from mambakit.ops.ssd import chunked, cpu, reference, triton
 
 
 def _flops(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: object) -> int:
@@ -29,7 +29,7 @@ def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: object) -> list[Tenso
 
 _op = Op(
     "ssd",
-    {"triton": triton, "chunked": chunked, "reference": reference},
+    {"cpu": cpu, "triton": triton, "chunked": chunked, "reference": reference},
     outputs=2,
     fake=_fake,
     flops=_flops,
