@@ -365,13 +365,15 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        op, tensors = ctx.op, ctx.saved_tensors[: ctx.tensor_count]
+        # Asked for once: activation checkpointing recomputes them for one asking.
+        op, kept = ctx.op, ctx.saved_tensors
+        tensors, saved = kept[: ctx.tensor_count], list(kept[ctx.tensor_count :])
         waiting = iter(tensors)
         inputs = [next(waiting) if slot is None else slot[0] for slot in ctx.template]
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
             found = _differentiable_gradients(op, inputs, tensors, grads)
         else:
-            saved, grads = list(ctx.saved_tensors[ctx.tensor_count :]), [g.contiguous() for g in grads]
+            grads = [g.contiguous() for g in grads]
             if _is_listened():
                 found = getattr(torch.ops.mambakit, f"{op.name}_backward")(saved, grads, *inputs, ctx.name)
             else:
