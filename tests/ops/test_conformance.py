@@ -12,9 +12,11 @@ import torch
 
 from mambakit import ops
 from mambakit.ops.dispatch import registry
+from mambakit.testing.emulation import NO_INTERPRETER
 from mambakit.testing.samples import CASES, Case, Draw
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+TRITON = pytest.mark.skipif(bool(NO_INTERPRETER), reason=NO_INTERPRETER)
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
@@ -63,11 +65,14 @@ def _runs():
 
 
 def marked(runs, *more):
-    """Parameters for pytest; those of a GPU carry its mark."""
+    """Parameters for pytest; those of a GPU carry its mark, those of Triton are skipped without it."""
     return [
         pytest.param(
             *values,
-            marks=[pytest.mark.gpu] if run.device == "cuda" else [],
+            marks=[
+                *([pytest.mark.gpu] if run.device == "cuda" else []),
+                *([TRITON] if run.backend == "triton" else []),
+            ],
             id="-".join(str(v).removeprefix("torch.") for v in values),
         )
         for run in runs

@@ -7,10 +7,13 @@ import torch
 
 from mambakit import ops
 from mambakit.ops import segments
+from mambakit.testing.emulation import NO_INTERPRETER
 from mambakit.testing.samples import CASES, Draw
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = {"selective_scan": "cuda", "ssd": "triton"}
+TRITON = pytest.mark.skipif(bool(NO_INTERPRETER), reason=NO_INTERPRETER)
+OPS = ["selective_scan", pytest.param("ssd", marks=TRITON)]
 LENGTH, CUT = 300, {"selective_scan": 48, "ssd": 64}
 
 
@@ -51,7 +54,7 @@ def cut(monkeypatch, op, whole=False):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["forgetting", "remembering", "packed"])
-@pytest.mark.parametrize("op", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
 def test_a_split_sequence_is_the_whole(op, kind, device, monkeypatch):
     given = inputs(op, device, slow=kind == "remembering", packed=kind == "packed")
     cut(monkeypatch, op, whole=True)
@@ -62,7 +65,7 @@ def test_a_split_sequence_is_the_whole(op, kind, device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("op", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
 def test_a_split_sequence_overwrites_its_state(op, device, monkeypatch):
     given = inputs(op, device)
     cut(monkeypatch, op)

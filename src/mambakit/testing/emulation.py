@@ -2,9 +2,8 @@
 
 `emulate.h` gives the primitives of `ops/cuda.cuh` in C++: the threads of a block are fibres that take turns
 and meet at barriers and lane exchanges; shared memory starts as NaN; copies check their alignment. It
-computes
-what the kernel computes at a thousandth of the speed, so that a kernel can be written, tested and read with
-a debugger anywhere. Triton kernels have Triton's own interpreter for that.
+computes what the kernel computes at a thousandth of the speed, so that a kernel can be written, tested and
+read with a debugger anywhere. Triton kernels have Triton's own interpreter for that.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -26,6 +26,8 @@ from mambakit.ops import cuda, triton_utils
 _HEADER = Path(__file__).with_name("emulate.h")
 PROCESSORS = 3
 """Multiprocessors of the emulated GPU: few, so that small inputs fill it."""
+NO_INTERPRETER = "" if importlib.util.find_spec(triton_utils.TRITON) else "Triton is not installed"
+"""Why Triton's kernels cannot be interpreted on this machine, or nothing."""
 
 
 @contextlib.contextmanager
@@ -53,7 +55,9 @@ def emulated_gpu() -> Iterator[None]:
 
 
 def _interpreted(device: torch.device) -> str | None:
-    return None if os.environ.get("TRITON_INTERPRET") == "1" else "Triton's interpreter is not switched on"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton's interpreter is not switched on"
+    return NO_INTERPRETER or None
 
 
 def _make(text: str, name: str, words: list[str], device: torch.device) -> Callable[..., None]:
