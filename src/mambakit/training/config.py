@@ -14,7 +14,7 @@ from mambakit.training.optim import OptimizerConfig
 from mambakit.training.schedule import ScheduleConfig, same_so_far
 from mambakit.training.task import TaskConfig
 
-Precision = Literal["float32", "bf16"]
+Precision = Literal["auto", "float32", "bf16"]
 MatmulPrecision = Literal["highest", "high", "medium"]
 Select = Literal["last", "best"]
 
@@ -42,7 +42,8 @@ class TrainSettings(Config):
         compile: Compile the model's blocks with `torch.compile`.
         cuda_graph: Record a whole training step and replay it; pays where a model is so small that launching
             its kernels takes longer than running them. Needs batches of one shape. Does nothing on a CPU.
-        precision: `float32`, or `bf16`: matrix products in bfloat16, parameters and recurrences in float32.
+        precision: `float32`, or `bf16`: matrix products in bfloat16, parameters and recurrences in float32;
+            `auto` takes `bf16` where the machine multiplies it faster.
         matmul_precision: Of float32 matrix products on a GPU: `highest`, `high` (TF32) or `medium`.
         workers: Processes that prepare batches ahead of time; 0 prepares them in between.
         deterministic: Refuse operations that may give other bits from run to run on a GPU.

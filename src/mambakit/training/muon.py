@@ -5,9 +5,9 @@ The update of a matrix is its momentum `M` with all singular values brought near
 a matrix along a few dominant directions; this one moves it along all of them alike, and learns more from
 each token.
 
-PyTorch has `torch.optim.Muon`, which this follows in formula and defaults. It differs in two ways: the
-iteration runs in float32 on a CPU (there PyTorch's bfloat16 is fast on the newest processors only and tens of
-times slower on all others), and matrices of one shape are orthogonalised together.
+PyTorch has `torch.optim.Muon`, which this follows in formula and defaults. It differs in three ways: the
+iteration runs in float32 where bfloat16 is slow (on most CPUs), flat matrices are iterated on their small
+side, and matrices of one shape are orthogonalised together.
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
 """
@@ -20,9 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.training.device import multiplies_bf16
+
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 STEPS = 5
+STEPS_PER_GRAM = {torch.float32: STEPS, torch.float64: STEPS, torch.bfloat16: 3}
+"""How many steps one Gram matrix serves: its rounding grows with the polynomial's degree."""
 
 
 class Muon(torch.optim.AdamW):
@@ -110,22 +114,31 @@ def orthogonal(matrices: Tensor) -> Tensor:
         Jordan et al. (2024), "Newton-Schulz iteration".
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
+    x = matrices.bfloat16() if multiplies_bf16(matrices.device) else matrices
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    if x.shape[-1] < 2 * x.shape[-2] or x.dtype == torch.bfloat16:
+    if x.shape[-1] < 2 * x.shape[-2]:
         for _ in range(STEPS):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     else:
-        # The same on the small side only: every factor is a polynomial in one Gram matrix, so they commute.
-        gram, product = x @ x.mT, None
-        for step in range(STEPS):
-            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            factor.diagonal(dim1=-2, dim2=-1).add_(a)
-            product = factor if product is None else factor @ product
-            if step < STEPS - 1:
-                gram = factor @ (factor @ gram)
-        x = product @ x
+        done = 0
+        while done < STEPS:
+            steps = min(STEPS_PER_GRAM[x.dtype], STEPS - done)
+            x = _polynomial(x @ x.mT, steps) @ x
+            done += steps
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _polynomial(gram: Tensor, steps: int) -> Tensor:
+    """What several steps multiply `X` by, from `X X^T` alone: polynomials in one matrix, so they commute."""
+    a, b, c = NEWTON_SCHULZ
+    product = None
+    for step in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else factor @ product
+        if step < steps - 1:
+            gram = factor @ (factor @ gram)
+    return product

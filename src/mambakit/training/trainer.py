@@ -54,6 +54,7 @@ def run(config: TrainConfig, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or default_console()
     stop = StopRequest()
+    device.keep_freed_memory()
     with device.numerics(config.train.matmul_precision, config.train.deterministic):
         trainer = Trainer(config, stop)
         with folder.claimed(config.folder, config.resume) as moved, stop:
