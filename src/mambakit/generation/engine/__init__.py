@@ -1,10 +1,11 @@
 """The decode engine: one token through a whole language model in one native call, on a CPU.
 
-Producing a token reads every weight once, so its time is the memory's: the engine copies all weights into one arena
-of huge pages, in the order in which they are read, each thread reading one stream; in bfloat16, 8 or 4 bits where
-asked for. All blocks, norms, convolutions, recurrences and the head run inside one parallel region, on PyTorch's
-threads. The engine takes a built model from outside, which does not know of it, and overwrites the very `State` that
-the model's forward uses, so that a sequence may go from one to the other at any token.
+Producing a token reads every weight once, so its time is the memory's: the engine copies all weights into one
+arena of huge pages, in the order in which they are read, each thread reading one stream; in bfloat16, 8 or 4
+bits where asked for. All blocks, norms, convolutions, recurrences and the head run inside one parallel
+region, on PyTorch's threads. The engine takes a built model from outside, which does not know of it, and
+overwrites the very `State` that the model's forward uses, so that a sequence may go from one to the other at
+any token.
 
     engine = DecodeEngine(model, "int8")
     state = model.init_state(1)

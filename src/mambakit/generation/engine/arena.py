@@ -1,12 +1,13 @@
 """One stretch of memory for all weights, on huge pages where the system has them.
 
-Reading weights is what decoding costs, and with pages of 4 KB a core waits for page tables: huge pages read 30 to
-40% faster. PyTorch's allocator does not ask for them, hence memory of our own. What is not written to costs nothing,
-so an arena may be made larger than needed.
+Reading weights is what decoding costs, and with pages of 4 KB a core waits for page tables: huge pages read
+30 to 40% faster. PyTorch's allocator does not ask for them, hence memory of our own. What is not written to
+costs nothing, so an arena may be made larger than needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -17,7 +18,8 @@ _HUGE_PAGE = 2 << 20
 
 
 class Arena:
-    """Memory that is handed out piece by piece, never taken back, and freed with the last tensor that views it.
+    """Memory that is handed out piece by piece, never taken back, and freed with the last tensor that views
+    it.
 
     Args:
         capacity: Bytes that can be handed out, alignment included.
@@ -56,8 +58,6 @@ def _map(size: int) -> Tensor:
     # Shared memory, the default, has other rules for huge pages.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without them: the same memory, in small pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without them: the same memory, in small pages
     return torch.frombuffer(memory, dtype=torch.uint8)

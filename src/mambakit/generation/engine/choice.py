@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,8 +13,11 @@ from torch import nn
 from mambakit.config import unknown
 from mambakit.generation.engine import program
 from mambakit.generation.engine.engine import DecodeEngine
-from mambakit.generation.engine.program import MOST_BATCH
 from mambakit.generation.engine.weights import FORMS, Form
+from mambakit.ops.dispatch import is_forced
+
+if TYPE_CHECKING:
+    from mambakit.layers.mixer import State
 
 CHOICES = ("auto", "off", *FORMS)
 """What may be asked for by name."""
@@ -24,18 +28,20 @@ _said: set[str] = set()
 
 
 def engine_for(
-    model: nn.Module, wanted: DecodeEngine | str, batch: int, max_tokens: int
+    model: nn.Module, wanted: DecodeEngine | str, state: State, batch: int, max_tokens: int
 ) -> DecodeEngine | None:
     """Find the engine that generates, or `None` for the model's ordinary forward.
 
-    An engine asked for by name that cannot be had is said once, with the reason, as a warning. `auto` takes one where
-    the model and this machine allow it, nothing is lost (float32, or bfloat16 for a model in bfloat16), more than a
-    few tokens are to come, and its weights leave half of the free memory. The last engine of a model is kept
-    until its parameters change or the model is gone.
+    An engine asked for by name that cannot be had is said once, with the reason, as a warning. `auto` takes
+    one where the model and this machine allow it, nothing is lost (float32, or bfloat16 for a model in
+    bfloat16), no backend of the operators is forced, more than a few tokens are to come, and its weights
+    leave half of the free memory. The last engine of a model is kept until its parameters change or the model
+    is gone.
 
     Args:
         model: The model that generates.
         wanted: An engine, or one of `CHOICES`.
+        state: The state that it is to continue.
         batch: Number of sequences.
         max_tokens: Tokens to come.
 
@@ -51,9 +57,9 @@ def engine_for(
         raise ValueError(f"engine: {unknown('choice', wanted, CHOICES)}")
     if wanted == "off":
         return None
-    reason = DecodeEngine.supports(model)
-    if reason is None and batch > MOST_BATCH:
-        reason = f"it takes up to {MOST_BATCH} sequences, not {batch}"
+    if wanted == "auto" and is_forced():
+        return None
+    reason = DecodeEngine.supports(model) or DecodeEngine.unsupported_state(model, state, batch)
     if reason is not None:
         if wanted != "auto":
             _say_once(f"generating without the {wanted} engine: {reason}")
@@ -75,8 +81,8 @@ def engine_for(
 
 def _native_form(model: nn.Module) -> Form:
     """The form that keeps a model's weights as they are."""
-    narrow = all(module.weight.dtype == torch.bfloat16 for module in model.modules() if type(module) is nn.Linear)
-    return "bfloat16" if narrow else "float32"
+    types = {module.weight.dtype for module in model.modules() if type(module) is nn.Linear}
+    return "bfloat16" if types == {torch.bfloat16} else "float32"
 
 
 def _free_memory() -> float:

@@ -36,8 +36,9 @@ class DecodeEngine:
 
     Args:
         model: A language model of Mamba-1, Mamba-2 and gated MLP blocks on the CPU, in float32 or bfloat16.
-        weights: How the linear layers' weights are kept: `float32`, `bfloat16` (computed with in float32), `int8`
-            (a scale per output channel) or `int4` (one per 64 of its inputs). Everything else is float32.
+        weights: How the linear layers' weights are kept: `float32`, `bfloat16` (computed with in float32),
+            `int8` (a scale per output channel) or `int4` (one per 64 of its inputs). Everything else is
+            float32.
 
     Raises:
         ValueError: An unknown form, or a model that the engine cannot take, with the reason.
@@ -58,8 +59,8 @@ class DecodeEngine:
         self._embedding = model.embedding.weight.detach().contiguous()
         self._vocab_size = model.config.vocab_size
         like = model.init_state(1)
-        self._shapes = [(like[b][n].shape[1:], like[b][n].dtype) for b, n in self._program.leaves]
-        self._table = (ctypes.c_void_p * len(self._shapes))()
+        self._like = [like[block][name] for block, name in self._program.leaves]
+        self._table = (ctypes.c_void_p * len(self._like))()
         self._bound: list[Tensor] = []
         self._batch = 0
         self._room = torch.empty(0, dtype=torch.uint8)
@@ -94,6 +95,29 @@ class DecodeEngine:
                 return f"{name} is {dtype}; it takes float32 and bfloat16"
         return native.load().reason
 
+    @staticmethod
+    def unsupported_state(model: LanguageModel, state: State, batch: int) -> str | None:
+        """Say why an engine of this model could not continue a state, or `None`.
+
+        Args:
+            model: A model that the engine supports.
+            state: Where its sequences stand.
+            batch: Number of sequences.
+
+        Returns:
+            The first reason.
+        """
+        if batch > MOST_BATCH:
+            return f"it takes up to {MOST_BATCH} sequences, not {batch}"
+        leaves = dict(state.tensors())
+        for name, like in model.init_state(1).tensors():
+            if name not in leaves:
+                return f"the state has no {name!r}: it is not one of this model"
+            reason = _unfit(name, leaves[name], like, batch)
+            if reason is not None:
+                return reason
+        return None
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads."""
@@ -111,7 +135,8 @@ class DecodeEngine:
             Logits of the next token `(b, v)`, float32.
 
         Raises:
-            ValueError: A token number outside the vocabulary, more than 16 sequences, or a state of another model.
+            ValueError: A token number outside the vocabulary, more than 16 sequences, or a state of another
+                model.
         """
         numbers = tokens.tolist()
         batch = len(numbers)
@@ -132,22 +157,17 @@ class DecodeEngine:
         return out
 
     def _bind(self, state: State, batch: int) -> None:
-        """Fill the table of the state's tensors, if it is not that of the last step."""
+        """Fill the table of the state's tensors, unless it holds those of the last step."""
         try:
             tensors = [state[block][name] for block, name in self._program.leaves]
         except KeyError as error:
             raise ValueError(f"the state has no {error.args[0]!r}: it is not one of this model") from None
-        bound = self._bound
-        if len(bound) == len(tensors) and all(map(operator.is_, tensors, bound)) and self._batch == batch:
+        if self._batch == batch and all(map(operator.is_, tensors, self._bound)):
             return
-        for i, (tensor, (shape, dtype)) in enumerate(zip(tensors, self._shapes, strict=True)):
-            if tensor.shape != (batch, *shape) or tensor.dtype != dtype or not tensor.is_cpu:
-                raise ValueError(
-                    f"the state's {'.'.join(self._program.leaves[i])} is {tuple(tensor.shape)} {tensor.dtype}, "
-                    f"expected {(batch, *shape)} {dtype} on the CPU"
-                )
-            if not tensor.is_contiguous():
-                raise ValueError(f"the state's {'.'.join(self._program.leaves[i])} is not contiguous")
+        for i, (tensor, leaf) in enumerate(zip(tensors, self._like, strict=True)):
+            reason = _unfit(".".join(self._program.leaves[i]), tensor, leaf, batch)
+            if reason is not None:
+                raise ValueError(reason)
             self._table[i] = tensor.data_ptr()
         self._bound, self._batch = tensors, batch
 
@@ -175,6 +195,15 @@ class DecodeEngine:
             size = needed(self._program.widest, len(self._program.phases), threads)
             self._room, self._threads = torch.zeros(size + 64, dtype=torch.uint8), threads
         return -(-self._room.data_ptr() // 64) * 64
+
+
+def _unfit(name: str, tensor: Tensor, like: Tensor, batch: int) -> str | None:
+    """Why a tensor of the state is not what the engine overwrites."""
+    expected = (batch, *like.shape[1:])
+    if tensor.shape != expected or tensor.dtype != like.dtype or not tensor.is_cpu:
+        found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        return f"the state's {name} is {found}, expected {expected} {like.dtype} on the CPU"
+    return None if tensor.is_contiguous() else f"the state's {name} is not contiguous"
 
 
 def _unknown_part(name: str, module: nn.Module) -> str | None:

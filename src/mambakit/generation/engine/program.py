@@ -1,7 +1,9 @@
 """A language model laid down as the list of phases that `native.cpp` walks through.
 
-The structs here are those of `program.h`, field by field; every field has 8 bytes. A mixer becomes two to four
-phases: its input projection with the convolution, its recurrence, its output projection, which adds to the residual
+The structs here are those of `program.h`, field by field; every field has 8 bytes. A mixer becomes two to
+four
+phases: its input projection with the convolution, its recurrence, its output projection, which adds to the
+    residual
 stream.
 """
 
@@ -121,11 +123,10 @@ class _Builder:
         self.residual = self.buffer("residual", self.model.config.d_model)
         for number, block in enumerate(self.model.backbone.blocks):
             _LAY[type(block.mixer)](self, str(number), block.norm, block.mixer)
-        head = self.product(self.model.lm_head.weight, None, _STORE)
-        self.linear(self.residual, self.model.lm_head.in_features, [head], self.norm(self.model.backbone.norm_f))
-        phases = (Phase * len(self.phases))(*self.phases)
-        taken = self.arena.taken
-        return Program(phases, self.residual, self.leaves, self.widest, taken, self.kept)
+        head = self.product(self.model.lm_head.weight, None, _STORE) self.linear(self.residual,
+        self.model.lm_head.in_features, [head], self.norm(self.model.backbone.norm_f)) phases = (Phase *
+        len(self.phases))(*self.phases) taken = self.arena.taken return Program(phases, self.residual,
+        self.leaves, self.widest, taken, self.kept)
 
     # -----------------------------------------------------------------------------------------------------
     # Pieces
