@@ -69,9 +69,7 @@ def engine_for(
     kept, engine = _engines.get(model, (None, None))
     if kept == (form, parameters):
         return engine
-    if wanted == "auto" and (
-        max_tokens < _WORTH_PACKING or program.size(model, form) > _free_memory() // 2
-    ):
+    if wanted == "auto" and (max_tokens < _WORTH_PACKING or program.size(model, form) > _free_memory() // 2):
         return None
     _engines.pop(model, None)  # before there are two
     engine = DecodeEngine(model, form)

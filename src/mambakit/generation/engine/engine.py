@@ -65,6 +65,7 @@ class DecodeEngine:
         self._batch = 0
         self._room = torch.empty(0, dtype=torch.uint8)
         self._threads = 0
+        self._vnni = True  # where the processor has it
         self._lock = threading.Lock()
 
     @staticmethod
@@ -179,7 +180,7 @@ class DecodeEngine:
             *(self._embedding.data_ptr(), self._embedding.dtype == torch.bfloat16, self._embedding.shape[1]),
             *(this.residual.pointer, this.residual.stride, ctypes.addressof(self._table)),
             *(out.data_ptr(), out.stride(0), self._room_pointer(threads), this.widest),
-            *(batch, threads, True, STRUCT_BYTES),
+            *(batch, threads, self._vnni, STRUCT_BYTES),
         )
 
     def _thread_count(self) -> int:

@@ -76,7 +76,7 @@ float largest(const Pack& p, int64_t row) {
     return found;
 }
 
-// The scale of 64 numbers, a bfloat16.
+// The scale of 64 numbers, a bfloat16; NaN if one of them is not finite.
 float best_scale(const float* from) {
     float extreme = 0, best = 0, best_error = INFINITY;
     for (int64_t i = 0; i < GROUP; ++i) {
@@ -84,6 +84,7 @@ float best_scale(const float* from) {
         extreme = std::fabs(from[i]) > std::fabs(extreme) ? from[i] : extreme;
     }
     if (extreme == 0) return 0;
+    if (std::fabs(extreme) == INFINITY) return __builtin_nanf("");
     for (const float shrink : SHRINK) {
         const float scale = widen(bf16{to_bf16(extreme * (shrink / -8))});
         if (scale == 0) continue;  // below the numbers of bfloat16

@@ -51,9 +51,7 @@ Product = _struct("Product", "weights bias rows then how out stride")
 Step = _struct("Step", "bias least! most!")
 Conv = _struct("Conv", "taps bias width state state_bf16")
 Scan = _struct("Scan", "dt_bias A D x x_stride gate gate_stride B C BC_stride n state")
-Heads = _struct(
-    "Heads", "A D dt dt_stride x B C mixed_stride out out_stride heads headdim groups n state"
-)
+Heads = _struct("Heads", "A D dt dt_stride x B C mixed_stride out out_stride heads headdim groups n state")
 Phase = _struct("Phase", "heads input stride columns prepare format products count per_task")
 Args = _struct(
     "Args",
@@ -123,10 +121,11 @@ class _Builder:
         self.residual = self.buffer("residual", self.model.config.d_model)
         for number, block in enumerate(self.model.backbone.blocks):
             _LAY[type(block.mixer)](self, str(number), block.norm, block.mixer)
-        head = self.product(self.model.lm_head.weight, None, _STORE) self.linear(self.residual,
-        self.model.lm_head.in_features, [head], self.norm(self.model.backbone.norm_f)) phases = (Phase *
-        len(self.phases))(*self.phases) taken = self.arena.taken return Program(phases, self.residual,
-        self.leaves, self.widest, taken, self.kept)
+        head = self.model.lm_head
+        norm = self.norm(self.model.backbone.norm_f)
+        self.linear(self.residual, head.in_features, [self.product(head.weight, None, _STORE)], norm)
+        phases = (Phase * len(self.phases))(*self.phases)
+        return Program(phases, self.residual, self.leaves, self.widest, self.arena.taken, self.kept)
 
     # -----------------------------------------------------------------------------------------------------
     # Pieces
