@@ -122,7 +122,7 @@ def test_instructions_for_bytes_give_the_same_integers(make, name, form):
 
 @pytest.mark.parametrize("of", ["mamba1", "mamba2 groups", "all"])
 def test_a_model_in_bfloat16_is_computed_more_exactly_than_by_itself(make, of):
-    """Weights as they are, activations in float32; the convolution's state is bfloat16, as the model made it."""
+    """Weights as they are, activations in float32; the convolution's state is bfloat16, as in the model."""
     model = make(of, dtype=torch.bfloat16)
     wanted = by_forward(in_float64(model), tokens(3))
     for form in ("float32", "bfloat16"):

@@ -1,10 +1,8 @@
 """A language model laid down as the list of phases that `native.cpp` walks through.
 
 The structs here are those of `program.h`, field by field; every field has 8 bytes. A mixer becomes two to
-four
-phases: its input projection with the convolution, its recurrence, its output projection, which adds to the
-    residual
-stream.
+four phases: its input projection with the convolution, its recurrence, its output projection, which adds to
+the residual stream.
 """
 
 from __future__ import annotations
