@@ -16,7 +16,7 @@ from mambakit.models import LanguageModel, LanguageModelConfig
 from mambakit.ops import native
 
 if native.load().library is None:
-    collect_ignore = ["test_step.py", "test_state.py", "test_weights.py"]
+    collect_ignore = ["test_scoring.py", "test_state.py", "test_step.py", "test_weights.py"]
 
 # Name -> settings of a language model. Sizes beside and above every vector's, panel's and group's.
 MODELS = {

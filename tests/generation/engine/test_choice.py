@@ -164,6 +164,10 @@ def test_an_engine_is_made_again_when_the_parameters_change_and_goes_with_its_mo
     model.lm_head.weight.mul_(2)
     again = choose(model)
     assert again is not engine
+    model.backbone.blocks[0].norm.weight.data[3] += 1e-3  # past PyTorch's count of changes
+    third = choose(model)
+    assert third is not again
+    assert choose(model) is third
     assert choose(model, "int8").weights == "int8"
     gone = weakref.ref(choose(model))
     del model
@@ -188,3 +192,41 @@ def test_decoding_needs_no_more_memory_with_every_token(make):
     for _ in range(5000):
         next(steps)
     assert resident() - before < 1 << 20
+
+
+@needs_library
+@pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}, {}], ids=str)
+def test_an_engine_follows_every_optimiser(make, settings):
+    """Fused ones write without raising PyTorch's count of changes."""
+    model = make("mamba1").requires_grad_()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **settings)
+    engine = choose(model)
+    model(torch.tensor([[1, 2]])).square().sum().backward()
+    optimizer.step()
+    assert choose(model) is not engine
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fingerprints_see_one_bit_of_any_parameter(dtype):
+    """Odd lengths, views that begin anywhere, and parameters without a count of changes."""
+    with torch.inference_mode():
+        whole = torch.randn(2, 11, dtype=dtype)
+    for view in (whole, whole[1], whole[:, 3], whole[1, 10:], whole.T, whole[0, 0]):
+        parameter = nn.Parameter(view, requires_grad=False)
+        before = choice._fingerprint(parameter)
+        assert choice._fingerprint(parameter) == before
+        for place in range(view.numel()):
+            copy = view.clone(memory_format=torch.contiguous_format)
+            changed = nn.Parameter(copy, requires_grad=False)
+            assert choice._fingerprint(changed)[1:] == before[1:]
+            copy.view(-1)[place] *= 1.01
+            assert choice._fingerprint(changed)[1:] != before[1:]
+
+
+@needs_library
+def test_an_engine_that_cannot_continue_the_state_is_refused_before_the_prompt_is_read(make):
+    model = make("mamba1")
+    engine, state = DecodeEngine(model), model.init_state(17)
+    with pytest.raises(ValueError, match="cannot continue this state: it takes up to 16 sequences, not 17"):
+        stream(model, torch.zeros(17, 3, dtype=torch.int64), max_tokens=1, engine=engine, state=state)

@@ -170,5 +170,9 @@ def test_what_a_step_refuses(make):
     state["0"]["ssm"] = state["0"]["ssm"].transpose(2, 3).contiguous().transpose(2, 3)
     with pytest.raises(ValueError, match=r"0\.ssm is not contiguous"):
         engine.step(torch.tensor([0, 1]), state)
+    with pytest.raises(ValueError, match=r"tokens is \(2, 1\) torch.int64, expected \(b,\) integers"):
+        engine.step(torch.tensor([[0], [1]]), model.init_state(2))
+    with pytest.raises(ValueError, match=r"tokens is \(1,\) torch.float32"):
+        engine.step(torch.zeros(1), model.init_state(1))
     with pytest.raises(ValueError, match=r"out is \(1, 3\)"):
         engine.step(torch.tensor([0]), model.init_state(1), out=torch.empty(1, 3))

@@ -12,12 +12,13 @@ any token.
     model(prompt, state)
     logits = engine.step(token, state)  # (1, v)
 
-`docs/engine.md` says how it works and what the forms of the weights cost in accuracy.
+`docs/decoding.md` says how to use it, its limits, and what the forms of the weights cost in accuracy.
 """
 
 from mambakit.generation.engine.choice import engine_for
 from mambakit.generation.engine.engine import DecodeEngine
 from mambakit.generation.engine.program import MOST_BATCH
+from mambakit.generation.engine.scoring import DecodedModel
 from mambakit.generation.engine.weights import FORMS, Form
 
-__all__ = ["FORMS", "MOST_BATCH", "DecodeEngine", "Form", "engine_for"]
+__all__ = ["FORMS", "MOST_BATCH", "DecodeEngine", "DecodedModel", "Form", "engine_for"]

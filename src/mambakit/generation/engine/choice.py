@@ -49,9 +49,12 @@ def engine_for(
         The engine or `None`.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: An unknown name, or a state that the given engine cannot continue.
     """
     if isinstance(wanted, DecodeEngine):
+        reason = DecodeEngine.unsupported_state(model, state, batch)
+        if reason is not None:
+            raise ValueError(f"the decode engine cannot continue this state: {reason}")
         return wanted
     if wanted not in CHOICES:
         raise ValueError(f"engine: {unknown('choice', wanted, CHOICES)}")
@@ -65,7 +68,7 @@ def engine_for(
             _say_once(f"generating without the {wanted} engine: {reason}")
         return None
     form = _native_form(model) if wanted == "auto" else wanted
-    parameters = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    parameters = tuple(_fingerprint(parameter) for parameter in model.parameters())
     kept, engine = _engines.get(model, (None, None))
     if kept == (form, parameters):
         return engine
@@ -75,6 +78,19 @@ def engine_for(
     engine = DecodeEngine(model, form)
     _engines[model] = ((form, parameters), engine)
     return engine
+
+
+def _fingerprint(parameter: nn.Parameter) -> tuple[int, ...]:
+    """What changes when a parameter does: its place, and the sum of its bits in words of 8 bytes.
+
+    PyTorch's count of changes is not enough: fused optimisers write without raising it. The sum reads memory
+    as fast as it comes, about as long as a token takes.
+    """
+    flat = parameter.detach().contiguous().view(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    words = len(flat) // 8 * 8
+    return parameter.data_ptr(), int(flat[:words].view(torch.int64).sum()), int(flat[words:].sum())
 
 
 def _native_form(model: nn.Module) -> Form:

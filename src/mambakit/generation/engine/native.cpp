@@ -79,7 +79,7 @@ void walk(const Args& a, Ledger& ledger, int64_t thread) {
             ledger.work(i, tasks, thread,
                         [&](int64_t task) { product_task(a, phase, x, task, room.results); });
         }
-        ledger.wait(i, tasks, [](int64_t) { return false; });
+        ledger.wait(i, tasks);
     }
 }
 

@@ -66,13 +66,13 @@ void multiply_int8(const char* panel, const Input& x, int64_t batch, Results res
 void multiply_int4(const char* panel, const Input& x, int64_t batch, Results results);
 }  // namespace vnni
 
-// Call run(first, std::integral_constant count) for sequences 0 to batch - 1, at most MOST at a time and as evenly
-// as can be: their sums stay in registers.
 template <int SIZE>
 struct Count {
     static constexpr int value = SIZE;
 };
 
+// Call run(first, Count<n>{}) for sequences 0 to batch - 1, at most MOST at a time and as evenly as can be: their
+// sums stay in registers.
 template <int MOST, class Run>
 MAMBAKIT_INLINE void in_blocks(int64_t batch, const Run& run) {
     const int64_t blocks = ceil_div(batch, MOST);

@@ -57,11 +57,9 @@ class Ledger {
         if (mine) done(phase).fetch_add(mine, std::memory_order_acq_rel);
     }
 
-    // Wait for the others' tasks. `idle(i)` is called meanwhile, i = 0, 1, ..., and says whether it had anything to do.
-    template <class Idle>
-    void wait(int64_t phase, int64_t tasks, const Idle& idle) {
+    // Wait for the others' tasks.
+    void wait(int64_t phase, int64_t tasks) const {
         for (int64_t i = 0; !is_over(phase, tasks); ++i) {
-            if (idle(i)) continue;
             // Whoever holds the last task may be waiting for this very core.
             if (i > PATIENCE) std::this_thread::yield();
             else relax();
