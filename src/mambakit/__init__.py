@@ -10,7 +10,7 @@ The names that most programs need. Importing them needs torch, numpy and safeten
 
 from mambakit import layers, models, ops
 from mambakit.config import Config, ConfigError
-from mambakit.generation import Sampling, generate, stream, stream_text
+from mambakit.generation import DecodeEngine, Sampling, generate, stream, stream_text
 from mambakit.layers import (
     S4,
     S4D,
@@ -47,6 +47,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Context",
+    "DecodeEngine",
     "GatedMLP",
     "GatedMLPConfig",
     "LanguageModel",

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from mambakit.cli import app, main
+from mambakit.ops import native
 from mambakit.training import NonFiniteError
 
 
@@ -146,6 +147,12 @@ def test_data_that_is_not_text_cannot_be_written(cli, parity_run):
 def test_an_evaluation_cannot_change_the_model(cli, text_run):
     assert "model" in complaint(cli("eval", text_run, "model.d_model=8"))
     assert "vocab_size" in complaint(cli("eval", text_run, "data={type: shakespeare}"))
+
+
+def test_an_engine_that_does_not_exist_or_cannot_take_the_model_is_named(cli, text_run, monkeypatch):
+    assert "did you mean 'int8'" in complaint(cli("eval", text_run, "--engine", "int9"))
+    monkeypatch.setattr(native, "load", lambda: native.Native(reason="not built; do this"))
+    assert "not built; do this" in complaint(cli("eval", text_run, "--engine", "int8"))
 
 
 def test_debug_adds_the_traceback_and_keeps_the_exit_code(cli):

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 
 import mambakit
 from mambakit.generation import Sampling, generate, stream_text
+from mambakit.ops import native
 from mambakit.ops.dispatch import registry
 from mambakit.recipes import list_recipes
 from mambakit.testing.samples import CASES
@@ -96,6 +98,20 @@ def test_eval_measures_under_changed_settings(cli, parity_run):
     assert result["changes"] == {"data": {"evaluation_lengths": [12]}}
 
 
+@pytest.mark.skipif(native.load().library is None, reason=str(native.load().reason))
+def test_eval_measures_what_the_decode_engine_says(cli, text_run):
+    results = {}
+    for engine in (None, "float32", "int4"):
+        words = [] if engine is None else ["--engine", engine]
+        code, _, said = cli("eval", text_run, *words)
+        assert (code, said) == (0, "")
+        results[engine] = json.loads((text_run / "eval.json").read_text())
+        assert results[engine]["engine"] == engine
+    losses = {engine: result["metrics"]["val_loss"] for engine, result in results.items()}
+    assert losses["float32"] == pytest.approx(losses[None], rel=1e-5)
+    assert 1e-5 < abs(losses["int4"] - losses[None]) < 0.1 * losses[None]
+
+
 def test_recipes_lists_every_recipe_with_what_it_says_of_itself(cli):
     code, shown, _ = cli("recipes")
     assert code == 0
@@ -114,6 +130,7 @@ def test_doctor_shows_every_operator_and_why_a_thing_is_missing(cli, monkeypatch
     code, shown, _ = cli("doctor")
     assert code == 0
     assert torch.__version__ in shown
+    assert re.search(r"^decode engine +(float32, .*int4|none: )", shown, re.MULTILINE)
     tried = {case.op for case in CASES}
     for name in registry:
         row = re.search(rf"^{name} .*(\n +.*)*", shown, re.MULTILINE)  # its line and the indented ones below

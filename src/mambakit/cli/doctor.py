@@ -14,6 +14,7 @@ import mambakit
 from mambakit import ops
 from mambakit.cli.console import count, facts, out
 from mambakit.data.fetch import ENVIRONMENT, cache_folder
+from mambakit.generation.engine import FORMS, DecodeEngine
 from mambakit.ops import native
 from mambakit.ops.dispatch import registry
 from mambakit.testing.samples import CASES, Draw
@@ -59,6 +60,7 @@ def _machine() -> dict[str, str]:
         "processor": f"{place['cpu']}, {place['cores']} cores for this process",
         "threads": f"{place['threads']} (OMP_NUM_THREADS changes it)",
         "C++ kernels": _native(),
+        "decode engine": _engine(),
         "GPU": _gpus(),
         "disk here": f"{count(disk.free, 'B')} free of {count(disk.total, 'B')}",
     }
@@ -73,6 +75,14 @@ def _native() -> str:
         f"threads of {Path(found.openmp).name}" if found.parallel else f"one thread; OpenMP: {found.openmp}"
     )
     return f"{found.level}, compiled by {found.compiler}\n{threads}"
+
+
+def _engine() -> str:
+    """The forms of weights that the decode engine can keep, and with which instructions."""
+    if native.load().library is None:
+        return "none: it is one of the C++ kernels"
+    speed = "with" if DecodeEngine.has_vnni() else "without"
+    return f"{', '.join(FORMS)} weights; integers {speed} VNNI instructions"
 
 
 def _gpus() -> str:

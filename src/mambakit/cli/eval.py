@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
 
 from mambakit.cli.console import duration, out, scores
 from mambakit.cli.options import Backend, Run, Settings, forced
 from mambakit.config import ConfigError, merge, parse_overrides, to_dict
+from mambakit.generation.engine import DecodedModel, DecodeEngine
 from mambakit.training import TrainConfig, device, load_run
 from mambakit.training.evaluation import evaluate as measure
 from mambakit.training.files import replace_text
@@ -20,6 +26,13 @@ _CHANGEABLE = ("data", "device", "task", "train")
 def evaluate(
     run: Run,
     settings: Settings = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="Read token by token, as the decode engine with weights in float32, bfloat16, int8 or int4.",
+        ),
+    ] = None,
     backend: Backend = None,
 ) -> None:
     """Measure a trained model on its validation data and tests.
@@ -38,13 +51,15 @@ def evaluate(
     config = TrainConfig.from_dict(merge(to_dict(trained), changes))
     config.task.complete(config.model, config.data)  # refuses data that the model does not fit
     place = device.choose(config.device)
+    reader = model.to(place) if engine is None else _decoded(model, engine, place)
     begun = time.monotonic()
     with forced(backend):
-        metrics = measure(model.to(place), config)
+        metrics = measure(reader, config)
     seconds = time.monotonic() - begun
     result = {
         "metrics": metrics,
         "changes": changes,
+        "engine": engine,
         "seconds": seconds,
         "hardware": hardware(place),
         "versions": versions(),
@@ -53,3 +68,10 @@ def evaluate(
     replace_text(path, json.dumps(result, indent=2) + "\n")
     out.print(scores(metrics))
     out.print(f"\n{duration(seconds)} on {place}; written to {path}", markup=False, highlight=False)
+
+
+def _decoded(model: nn.Module, form: str, place: torch.device) -> DecodedModel:
+    """The model as its decode engine computes it."""
+    if place.type != "cpu":
+        raise ConfigError(f"--engine: the decode engine runs on a CPU, not on {place}; add device=cpu")
+    return DecodedModel(model, DecodeEngine(model, form))

@@ -34,6 +34,13 @@ def generate(
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="FORM",
+            help="Decode on a CPU with weights in float32, bfloat16, int8 or int4; off; auto.",
+        ),
+    ] = "auto",
     backend: Backend = None,
 ) -> None:
     """Continue a text with a trained language model, streaming."""
@@ -54,7 +61,13 @@ def generate(
         )
     with forced(backend):
         pieces = stream_text(
-            model.to(place), tokenizer, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop or ()
+            model.to(place),
+            tokenizer,
+            prompt,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop or (),
+            engine=engine,
         )
         out.print(prompt, style="bold", end="", markup=False, highlight=False, soft_wrap=True)
         try:

@@ -1,8 +1,8 @@
 """Running a language model token by token.
 
 The prompt goes through the model's ordinary forward in pieces, each handing its state to the next (so a long
-prompt needs the memory of one piece); then every new token goes through the same forward with length one.
-There is no second implementation for decoding.
+prompt needs the memory of one piece); then every new token goes through the same forward with length one, or,
+on a CPU and for models that it takes, through the decode engine, which continues the very same state.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mambakit.generation.engine import DecodeEngine, engine_for
 from mambakit.generation.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def stream(
     vocab_size: int | None = None,
     state: State | None = None,
     prefill_chunk: int = 4096,
+    engine: DecodeEngine | str = "auto",
 ) -> Iterator[Tensor]:
     """Yield new tokens as they are chosen.
 
@@ -46,17 +48,24 @@ def stream(
         state: The model's state before the prompt, updated in place; `None` starts from an empty one. When
             the stream ends it covers everything but the last token that was yielded.
         prefill_chunk: The prompt is read in pieces of this many tokens.
+        engine: Decode engine for the new tokens: one that was made of this model, or `float32`, `bfloat16`,
+            `int8`, `int4` to make one with weights in this form; `off` for the model's own forward; `auto`
+            for an engine that loses no precision where one can be had and is worth making.
 
     Yields:
         The next token of each row `(b,)`, int64.
 
     Raises:
-        ValueError: An empty prompt or a count below 1.
+        ValueError: An empty prompt, a count below 1, or an unknown engine.
     """
     _check(tokens, max_tokens, prefill_chunk)
     # Checked here, at the call, not at the first step: a generator's body waits until it is iterated.
     sampler = Sampler(sampling or Sampling(), tokens, vocab_size)
-    return _stream(model, tokens, max_tokens, sampler, stop_tokens, state, prefill_chunk)
+    if state is None:
+        batch, length = tokens.shape
+        state = model.init_state(batch, max_length=length + min(max_tokens, _ROOM))
+    chosen = engine_for(model, engine, state, tokens.shape[0], max_tokens)
+    return _stream(model, tokens, max_tokens, sampler, stop_tokens, state, prefill_chunk, chosen)
 
 
 def generate(
@@ -69,6 +78,7 @@ def generate(
     vocab_size: int | None = None,
     state: State | None = None,
     prefill_chunk: int = 4096,
+    engine: DecodeEngine | str = "auto",
 ) -> Tensor:
     """Generate a continuation of each prompt; the arguments are those of `stream`.
 
@@ -81,6 +91,7 @@ def generate(
         vocab_size: Tokens from this number on are never chosen.
         state: The model's state before the prompt, updated in place.
         prefill_chunk: The prompt is read in pieces of this many tokens.
+        engine: Decode engine for the new tokens.
 
     Returns:
         The new tokens `(b, at most max_tokens)`, int64, without the prompt.
@@ -97,6 +108,7 @@ def generate(
         vocab_size=vocab_size,
         state=state,
         prefill_chunk=prefill_chunk,
+        engine=engine,
     )
     return torch.stack(list(steps), dim=1)
 
@@ -108,12 +120,11 @@ def _stream(
     max_tokens: int,
     sampler: Sampler,
     stop_tokens: Sequence[int],
-    state: State | None,
+    state: State,
     prefill_chunk: int,
+    engine: DecodeEngine | None,
 ) -> Iterator[Tensor]:
-    batch, length = tokens.shape
-    if state is None:
-        state = model.init_state(batch, max_length=length + min(max_tokens, _ROOM))
+    batch, logits = len(tokens), None
     stops = torch.tensor(stop_tokens, dtype=torch.int64, device=tokens.device)
     ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
     was_training = model.training
@@ -128,7 +139,10 @@ def _stream(
                 ended = ended | torch.isin(token, stops)
             if remaining == 0 or (len(stops) and ended.all()):
                 return
-            logits = model(token[:, None], state)[:, -1]  # (b, v)
+            if engine is None:
+                logits = model(token[:, None], state)[:, -1]  # (b, v)
+            else:
+                logits = engine.step(token, state, out=logits)
             token = torch.where(ended, token, sampler(logits))
     finally:
         model.train(was_training)

@@ -16,6 +16,7 @@ from mambakit.generation.decode import stream
 from mambakit.generation.sampling import Sampling
 
 if TYPE_CHECKING:
+    from mambakit.generation.engine import DecodeEngine
     from mambakit.models.language import LanguageModel
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders put where bytes are no character (yet)
@@ -132,6 +133,7 @@ def stream_text(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
+    engine: DecodeEngine | str = "auto",
 ) -> Iterator[str]:
     """Yield the continuation of a prompt as text, piece by piece.
 
@@ -143,6 +145,7 @@ def stream_text(
         sampling: How to choose; `None` is plain sampling.
         stop: Strings that end the text; neither they nor anything after them is yielded.
         stop_tokens: Tokens that end the text; they are not yielded.
+        engine: Decode engine for the new tokens, as for `stream`.
 
     Yields:
         Non-empty pieces of text.
@@ -163,6 +166,7 @@ def stream_text(
         sampling=sampling,
         stop_tokens=stop_tokens,
         vocab_size=tokenizer.vocab_size,
+        engine=engine,
     )
     return _pieces(steps, Characters(tokenizer, context), watch, frozenset(stop_tokens))
 

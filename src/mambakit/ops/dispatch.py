@@ -193,6 +193,11 @@ def backend(name: str | None = None, **per_op: str) -> Iterator[None]:
         _forced.update(before)
 
 
+def is_forced() -> bool:
+    """Whether a `with backend(...)` around here names backends."""
+    return bool(_forced)
+
+
 def explain(name: str, *inputs: Any, **options: Any) -> str:
     """Say which backend an operator would use for these inputs, and why not the others.
 

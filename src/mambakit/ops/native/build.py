@@ -23,7 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-OPS = HERE.parent
+PACKAGE = HERE.parents[1]
+WITH_KERNELS = (PACKAGE / "ops", PACKAGE / "generation")
+"""Where the kernels' sources lie."""
 LIBRARIES = HERE / "lib"
 """Where the libraries lie in an installed package or a checkout."""
 
@@ -69,15 +71,19 @@ class Built:
 
 def sources() -> list[Path]:
     """Every kernel's source file, and the library's own."""
-    return sorted(OPS.rglob("*.cpp"))
+    return _files("*.cpp")
 
 
 def digest() -> str:
     """A digest of all sources and headers: a library knows the one it was made of."""
     found = hashlib.sha256()
-    for path in sorted([*OPS.rglob("*.cpp"), *OPS.rglob("*.h")]):
-        found.update(path.relative_to(OPS).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted([*_files("*.cpp"), *_files("*.h")]):
+        found.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]
+
+
+def _files(pattern: str) -> list[Path]:
+    return sorted(path for folder in WITH_KERNELS for path in folder.rglob(pattern))
 
 
 def processor() -> str:
