@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,12 @@ class LanguageModel(nn.Module):
         config: Its settings.
         device: Where the parameters live.
         dtype: Type of the parameters; state space scalars stay float32.
+
+    Attributes:
+        published: What the `config.json` said that the model was loaded from, if it was.
     """
+
+    published: Mapping[str, Any] | None = None
 
     def __init__(
         self,

@@ -1,0 +1,14 @@
+"""Published families of models, a file each: their configuration files, tensor names and sizes, as data.
+
+`FAMILIES` lists them; `mambakit.load` finds the one that a checkpoint belongs to.
+"""
+
+from mambakit.families.falcon_mamba import FALCON_MAMBA
+from mambakit.families.family import Family, Layout, Published, Size
+from mambakit.families.mamba import MAMBA
+from mambakit.families.mamba2 import MAMBA2
+
+FAMILIES = {family.name: family for family in (MAMBA, MAMBA2, FALCON_MAMBA)}
+"""Family by name."""
+
+__all__ = ["FAMILIES", "Family", "Layout", "Published", "Size"]

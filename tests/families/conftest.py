@@ -1,0 +1,25 @@
+"""Tiny models of every published family, made by the library that published it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Run transformers' code in float64: it casts norms, decay rates and logits to float32 by hand."""
+    to = torch.Tensor.to
+
+    def wide(tensor, *args, **kwargs):
+        args = [torch.float64 if a is torch.float32 else a for a in args]
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        return to(tensor, *args, **kwargs)
+
+    def run(call):
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(torch.Tensor, "to", wide)
+            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+            return call()
+
+    return run
