@@ -66,7 +66,7 @@ def test_a_write_that_fails_leaves_no_checkpoint(tmp_path, tensors):
 
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, CONFIG, broken(), shard_bytes=1)
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         locate(tmp_path)
 
 
