@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "ops": {"config"},
     "layers": {"config", "ops"},
     "models": {"config", "layers"},
-    "testing": {"config", "ops", *_MODELS},
+    "testing": {"config", "families", "ops", *_MODELS},
     "data": {"config"},
     "checkpoints": {"config", "files"},
     "families": {"checkpoints", *_MODELS},

@@ -23,6 +23,7 @@ from mambakit.checkpoints import CheckpointError, Source, Tensors, locate, open_
 from mambakit.checkpoints.files import CONFIG, write_checkpoint
 from mambakit.config import ConfigError, to_dict, unknown
 from mambakit.families import FAMILIES, Family, Layout
+from mambakit.families.family import check_same
 from mambakit.models.language import LanguageModel, LanguageModelConfig
 
 _EMBEDDING, _HEAD = "embedding.weight", "lm_head.weight"
@@ -143,7 +144,9 @@ def _describe(
     reasons = []
     for choice in choices:
         try:
-            return choice, choice.published.of(config)
+            published = choice.published.of(config)
+            check_same(published.ours(), config)
+            return choice, published
         except ValueError as error:
             reasons.append(f"{choice.fixed.get('model_type', choice.name)}: {error}")
     raise CheckpointError(f"no published family describes this network ({'; '.join(reasons)})")

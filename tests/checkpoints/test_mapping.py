@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mambakit.checkpoints.mapping import Row, sources
-from mambakit.checkpoints.transforms import CONCAT, SAME, STACK, SWAP_HALVES
+from mambakit.checkpoints.transforms import CONCAT, SAME, STACK, STACK_CONCAT, SWAP_HALVES
 
 KINDS = ["mamba2", "mlp", "attention", "mlp"]
 
@@ -60,6 +60,7 @@ def test_a_name_without_one_explanation_is_refused(rows, shapes, message):
         (SAME, [(4, 3)]),
         (CONCAT, [(4, 3), (4, 3)]),
         (STACK, 3 * [(4, 3)]),
+        (STACK_CONCAT, 6 * [(4, 3)]),
         (SWAP_HALVES, [(6, 3)]),
         (SWAP_HALVES, [(6,)]),
     ],

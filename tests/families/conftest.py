@@ -8,17 +8,20 @@ import torch
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    """Run transformers' code in float64: it casts norms, decay rates and logits to float32 by hand."""
-    to = torch.Tensor.to
+    """Run transformers in float64: it casts norms, decay rates, softmax and logits to float32 by hand."""
 
-    def wide(tensor, *args, **kwargs):
-        args = [torch.float64 if a is torch.float32 else a for a in args]
-        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
-        return to(tensor, *args, **kwargs)
+    def widened(function):
+        def wide(tensor, *args, **kwargs):
+            args = [torch.float64 if a is torch.float32 else a for a in args]
+            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+            return function(tensor, *args, **kwargs)
+
+        return wide
 
     def run(call):
         with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(torch.Tensor, "to", wide)
+            patch.setattr(torch.Tensor, "to", widened(torch.Tensor.to))
+            patch.setattr(torch.nn.functional, "softmax", widened(torch.nn.functional.softmax))
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)
             return call()
 

@@ -36,6 +36,17 @@ STACK = Transform(torch.stack, lambda ours, count: list(ours.unbind()))
 """Ours has one more axis in front, such as experts that they keep apart."""
 
 
+def _halves(theirs: list[Tensor]) -> Tensor:
+    half = len(theirs) // 2
+    return torch.cat([torch.stack(theirs[:half]), torch.stack(theirs[half:])], dim=1)
+
+
+STACK_CONCAT = Transform(
+    _halves, lambda ours, count: [one for half in ours.chunk(2, dim=1) for one in half.unbind()]
+)
+"""Experts that they keep apart, two matrices of each: all of the first, then all of the second."""
+
+
 def _swap(halves: Tensor) -> Tensor:
     return torch.cat(
         halves.chunk(2, dim=-2 if halves.ndim > 1 else -1)[::-1], dim=-2 if halves.ndim > 1 else -1

@@ -3,12 +3,15 @@
 `FAMILIES` lists them; `mambakit.load` finds the one that a checkpoint belongs to.
 """
 
+from mambakit.families.bamba import BAMBA
 from mambakit.families.falcon_mamba import FALCON_MAMBA
 from mambakit.families.family import Family, Layout, Published, Size
+from mambakit.families.granite import GRANITE
+from mambakit.families.jamba import JAMBA
 from mambakit.families.mamba import MAMBA
 from mambakit.families.mamba2 import MAMBA2
 
-FAMILIES = {family.name: family for family in (MAMBA, MAMBA2, FALCON_MAMBA)}
+FAMILIES = {family.name: family for family in (MAMBA, MAMBA2, FALCON_MAMBA, JAMBA, BAMBA, GRANITE)}
 """Family by name."""
 
 __all__ = ["FAMILIES", "Family", "Layout", "Published", "Size"]

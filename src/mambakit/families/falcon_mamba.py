@@ -26,10 +26,7 @@ class FalconMambaJSON(MambaJSON):
     @classmethod
     def of(cls, config: LanguageModelConfig) -> FalconMambaJSON:
         """Describe a network of ours in their words."""
-        mixer = only(config, Mamba1Config)
-        if mixer.inner_norm != "plain":
-            raise ValueError(f"inner_norm is {mixer.inner_norm!r}, expected 'plain' in a Falcon Mamba")
-        return super().of(config, mixer_rms_eps=mixer.inner_norm_eps)
+        return super().of(config, mixer_rms_eps=only(config, Mamba1Config).inner_norm_eps)
 
 
 FALCON_MAMBA = Family(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from mambakit.checkpoints.mapping import Row
@@ -35,10 +35,10 @@ class Published(Config):
 
     @classmethod
     def of(cls, config: LanguageModelConfig) -> Published:
-        """Describe a network of ours in their words.
+        """Describe a network of ours in their words, as far as they reach; `check_same` tells how far.
 
         Raises:
-            ValueError: The network is not one of this family.
+            ValueError: The network is plainly not one of this family.
         """
         raise NotImplementedError(f"{cls.__name__} does not define of")
 
@@ -132,7 +132,48 @@ def only(config: LanguageModelConfig, kind: type[M]) -> M:
     Raises:
         ValueError: Blocks of another kind, or with several configs.
     """
-    found = set(map(type, config.blocks))
-    if found != {kind} or any(block != config.blocks[0] for block in config.blocks):
+    found = one_of(config.blocks, kind)
+    if any(block != found for block in config.blocks):
         raise ValueError(f"pattern {config.pattern!r}, expected blocks of one {kind.__name__} only")
-    return config.blocks[0]
+    return found
+
+
+def one_of(blocks: Iterable[MixerConfig], *kinds: type[M]) -> M | None:
+    """The config that all blocks of some kinds share; None if there are no such blocks.
+
+    Raises:
+        ValueError: Several configs.
+    """
+    found = [block for block in blocks if type(block) in kinds]
+    if any(block != found[0] for block in found):
+        raise ValueError(f"blocks of one kind with several settings: {found[0]} and others")
+    return found[0] if found else None
+
+
+_INITIAL = frozenset(
+    {"dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale", "A_init_range", "balance_loss"}
+)
+"""Settings of mixers that matter for a start or for training only: most published files do not have them."""
+_TRAINING = frozenset({"initializer_range", "dropout", "pattern", "mixers"})
+
+
+def check_same(found: LanguageModelConfig, wanted: LanguageModelConfig) -> None:
+    """Check that a description in their words, read back, is the network that was described.
+
+    Raises:
+        ValueError: A setting that their words cannot say.
+    """
+    pairs = [("the network", found, wanted, _TRAINING)]
+    if len(found.blocks) != len(wanted.blocks):
+        raise ValueError(f"{len(wanted.blocks)} blocks, where such files have {len(found.blocks)}")
+    pairs += [
+        (f"block {n}", *both, _INITIAL)
+        for n, both in enumerate(zip(found.blocks, wanted.blocks, strict=True))
+    ]
+    for where, a, b, ignored in pairs:
+        if type(a) is not type(b):
+            raise ValueError(f"{where} is a {type(b).__name__}, where such files have a {type(a).__name__}")
+        for field in dataclasses.fields(a):
+            theirs, ours = getattr(a, field.name), getattr(b, field.name)
+            if field.name not in ignored and theirs != ours:
+                raise ValueError(f"{field.name}={ours} in {where}, where such files have {theirs}")

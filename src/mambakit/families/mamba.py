@@ -75,10 +75,7 @@ class MambaJSON(Published):
     def of(cls, config: LanguageModelConfig, **more: Any) -> MambaJSON:
         """Describe a network of ours in their words."""
         mixer = only(config, Mamba1Config)
-        if mixer.inner_norm != "none" and not more:
-            raise ValueError(f"inner_norm is {mixer.inner_norm!r}, expected 'none' in a Mamba")
-        numbers = {"time_step_rank": mixer.rank(config.d_model), "expand": whole(mixer.expand)}
-        settings = give(config, NETWORK) | give(mixer, MIXER) | numbers | more
+        settings = give(config, NETWORK) | give(mixer, MIXER) | {"expand": whole(mixer.expand)} | more
         return cls(num_hidden_layers=len(config.blocks), **settings)
 
 

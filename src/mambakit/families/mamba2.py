@@ -72,10 +72,6 @@ class Mamba2JSON(Published):
     def of(cls, config: LanguageModelConfig) -> Mamba2JSON:
         """Describe a network of ours in their words."""
         mixer = only(config, Mamba2Config)
-        if mixer.norm_eps != config.norm_eps or mixer.norm_before_gate:
-            raise ValueError(
-                "norms that differ between blocks and mixers, or come before the gate, have no key here"
-            )
         numbers = {"num_heads": mixer.nheads(config.d_model), "expand": whole(mixer.expand)}
         settings = give(config, NETWORK) | give(mixer, MIXER) | numbers
         return cls(num_hidden_layers=len(config.blocks), **settings)

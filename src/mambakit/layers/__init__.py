@@ -8,6 +8,7 @@ from mambakit.layers.mamba1 import Mamba1, Mamba1Config
 from mambakit.layers.mamba2 import Mamba2, Mamba2Config
 from mambakit.layers.mixer import Context, Mixer, MixerConfig, State
 from mambakit.layers.mlp import GatedMLP, GatedMLPConfig
+from mambakit.layers.moe import MoE, MoEConfig
 from mambakit.layers.s4 import S4, S4Config
 from mambakit.layers.s4d import S4D, S4DConfig
 from mambakit.layers.selective_ssm import SelectiveSSM
@@ -27,6 +28,8 @@ __all__ = [
     "Mamba2Config",
     "Mixer",
     "MixerConfig",
+    "MoE",
+    "MoEConfig",
     "S4Config",
     "S4DConfig",
     "SelectiveSSM",

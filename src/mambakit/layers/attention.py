@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mambakit.layers import rotary
 from mambakit.layers.init import check_positive
-from mambakit.layers.mixer import Context, Mixer, MixerConfig, State
+from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, recurrent_dtype
 from mambakit.ops.attention import KVCache, attention
 
 FIRST_CAPACITY = 64
@@ -149,7 +149,7 @@ class Attention(Mixer, config=AttentionConfig):
         )  # (b, l, h, p), (b, l, g, p), (b, l, g, p)
         if config.rope is not None:
             positions = self._count(x, state) if context.positions is None else context.positions
-            cos, sin = rotary.angles(positions, self.rotary_dims, config.rope)
+            cos, sin = rotary.angles(positions, self.rotary_dims, config.rope, recurrent_dtype(x.dtype))
             q, k = (rotary.rotate(t, cos, sin, interleaved=config.rope_interleaved) for t in (q, k))
         if state is not None:
             _make_room(state, x.shape[1], config.window)

@@ -29,10 +29,12 @@ class Context:
         seq_idx: Document number of each token `(b, l)`, integers; information never crosses documents.
         positions: Position of each token in its document `(b, l)`, integers, for rotary embeddings; counted
             from the state's length where absent.
+        losses: Scalars that layers want added to the training loss, such as a router's for an even load.
     """
 
     seq_idx: Tensor | None = None
     positions: Tensor | None = None
+    losses: list[Tensor] = dataclasses.field(default_factory=list)
 
 
 class State(Mapping[str, Any]):
