@@ -240,7 +240,7 @@ def _written(model: LanguageModel, layout: Layout, dtype: torch.dtype) -> Iterat
     """Their names and tensors, in order."""
     weights, tied = model.state_dict(), model.config.tie_embeddings
     for name, source in _sources(model, layout).items():
-        tensor = weights[name].to(dtype)
+        tensor = weights[name] if source.keeps_type else weights[name].to(dtype)
         if name == _HEAD and tied:
             if not layout.stores_tied_head:
                 continue

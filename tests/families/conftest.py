@@ -21,6 +21,7 @@ def in_float64(monkeypatch):
     def run(call):
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(torch.Tensor, "to", widened(torch.Tensor.to))
+            patch.setattr(torch.Tensor, "type", widened(torch.Tensor.type))
             patch.setattr(torch.nn.functional, "softmax", widened(torch.nn.functional.softmax))
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)
             return call()

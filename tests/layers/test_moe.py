@@ -27,10 +27,14 @@ SETTINGS = {
 
 def moe(dtype=torch.float64, **settings):
     torch.manual_seed(0)
-    layer = MoEConfig(**{"n_experts": 5, "top_k": 2, "d_hidden": 7, **settings}).build(16, dtype=torch.float64)
+    layer = MoEConfig(**{"n_experts": 5, "top_k": 2, "d_hidden": 7, **settings}).build(
+        16, dtype=torch.float64
+    )
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+        if layer.config.balance == "bias":
+            layer.choice_bias.copy_(0.3 * torch.randn(5))
     return layer.to(dtype).eval()
 
 
@@ -64,7 +68,7 @@ def test_values_and_gradients_are_those_of_a_loop(name):
     layer = moe(**SETTINGS[name])
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
     mark = torch.randn(2, 9, 16, dtype=torch.float64)
-    parameters = [p for n, p in layer.named_parameters() if n != "choice_bias"]
+    parameters = list(layer.parameters())
     found, expected = layer(x), one_by_one(layer, x)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     ours, theirs = (torch.autograd.grad((y * mark).sum(), [x, *parameters]) for y in (found, expected))
@@ -134,9 +138,34 @@ def test_sinkhorn_chooses_in_training_only():
     assert torch.bincount(layer.train().route(rows)[1].flatten(), minlength=5)[2] < 20
 
 
+def test_the_bias_follows_the_load_in_training_only():
+    layer = moe(score="sigmoid", balance="bias", top_k=1, balance_rate=0.05)
+    rows = torch.randn(200, 16, dtype=torch.float64)
+    with torch.no_grad():
+        layer.router.weight[3] += 3 * rows.mean(0) / rows.mean(0).norm()
+        layer.choice_bias.copy_(torch.tensor([0.0, 0.0, 2.0, 0.0, 0.0]))
+    before = layer.choice_bias.clone()
+    assert torch.bincount(layer.route(rows)[1].flatten(), minlength=5)[2] == 200
+    assert torch.equal(layer.choice_bias, before)
+    layer.train()
+    for _ in range(100):
+        layer.route(rows)
+    assert torch.bincount(layer.eval().route(rows)[1].flatten(), minlength=5).max() < 60
+
+
+def test_experts_come_from_the_best_groups():
+    layer = moe(n_experts=6, n_groups=3, top_groups=1, score="sigmoid")
+    rows = torch.randn(50, 16, dtype=torch.float64)
+    chosen = layer.route(rows)[1]
+    scores = (rows @ layer.router.weight.T).sigmoid()
+    best = scores.unflatten(-1, (3, 2)).sum(-1).argmax(-1)
+    assert torch.equal(chosen // 2, best[:, None].expand(-1, 2))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"n_groups": 3}, "n_groups=3"),
         ({"top_k": 9}, "top_k=9, expected at most n_experts=8"),
         ({"balance": "sinkhorn"}, "top_k=2, expected 1"),
         ({"activation": "silo"}, "did you mean 'silu'"),

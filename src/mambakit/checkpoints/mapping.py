@@ -30,12 +30,14 @@ class Row:
         theirs: Name, or names, in the published file.
         transform: How their tensors become ours.
         kind: Tag of the mixers for whose blocks the row holds; any by default.
+        keeps_type: Whether it is written in its own type, whatever the others are written in.
     """
 
     ours: str
     theirs: str | Sequence[str]
     transform: Transform = SAME
     kind: str | None = None
+    keeps_type: bool = False
 
     def match(self, name: str, kinds: Sequence[str]) -> tuple[int | None, str] | None:
         """Their layer and the rest that `*` stands for if this row explains a name of ours, else None."""
@@ -59,10 +61,12 @@ class Source:
     Attributes:
         names: Their names, in the order in which `transform` joins them.
         transform: How they become ours.
+        keeps_type: Whether it is written in its own type.
     """
 
     names: tuple[str, ...]
     transform: Transform
+    keeps_type: bool = False
 
 
 def sources(
@@ -94,7 +98,7 @@ def sources(
             if theirs in users:
                 raise ValueError(f"{theirs} is the source of both {users[theirs]} and {name}")
             users[theirs] = name
-        found[name] = Source(names, row.transform)
+        found[name] = Source(names, row.transform, row.keeps_type)
     return found
 
 

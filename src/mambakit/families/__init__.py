@@ -10,8 +10,11 @@ from mambakit.families.granite import GRANITE
 from mambakit.families.jamba import JAMBA
 from mambakit.families.mamba import MAMBA
 from mambakit.families.mamba2 import MAMBA2
+from mambakit.families.nemotron_h import NEMOTRON_H
 
-FAMILIES = {family.name: family for family in (MAMBA, MAMBA2, FALCON_MAMBA, JAMBA, BAMBA, GRANITE)}
+FAMILIES = {
+    family.name: family for family in (MAMBA, MAMBA2, FALCON_MAMBA, JAMBA, BAMBA, GRANITE, NEMOTRON_H)
+}
 """Family by name."""
 
 __all__ = ["FAMILIES", "Family", "Layout", "Published", "Size"]

@@ -151,7 +151,16 @@ def one_of(blocks: Iterable[MixerConfig], *kinds: type[M]) -> M | None:
 
 
 _INITIAL = frozenset(
-    {"dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale", "A_init_range", "balance_loss"}
+    {
+        "dt_min",
+        "dt_max",
+        "dt_init_floor",
+        "dt_init",
+        "dt_scale",
+        "A_init_range",
+        "balance_loss",
+        "balance_rate",
+    }
 )
 """Settings of mixers that matter for a start or for training only: most published files do not have them."""
 _TRAINING = frozenset({"initializer_range", "dropout", "pattern", "mixers"})

@@ -13,7 +13,8 @@ Sinkhorn's iteration in training (BlackMamba), or by a bias on the choice that i
 (Nemotron-H).
 
 Source: Shazeer et al. (1701.06538); Fedus et al., "Switch transformers" (2101.03961), equations 4 to 6; Clark
-et al., "Unified scaling laws for routed language models" (2202.01169), appendix B, for Sinkhorn.
+et al., "Unified scaling laws for routed language models" (2202.01169), appendix B, for Sinkhorn; Wang et al.
+(2408.15664), algorithm 1, for the bias.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 from mambakit.config import unknown
 from mambakit.layers.init import check_positive
 from mambakit.layers.mixer import Context, Mixer, MixerConfig, State
-from mambakit.layers.mlp import ACTIVATIONS, GatedMLP, GatedMLPConfig
+from mambakit.layers.mlp import ACTIVATIONS, GatedMLPConfig, MLPConfig
 
 BALANCES = ("loss", "sinkhorn", "bias", "none")
 
@@ -50,7 +51,11 @@ class MoEConfig(MixerConfig, tag="moe"):
         router_bias: Whether the router has a bias.
         balance: `loss`, `sinkhorn`, `bias` or `none`: what keeps the load even in training.
         balance_loss: Factor of the loss.
-        d_shared: Hidden channels of a gated MLP that sees every token; none by default.
+        balance_rate: Change of the bias per step.
+        d_shared: Hidden channels of an MLP, gated like the experts, that sees every token; none by default.
+        d_latent: Channels that the experts see and give, projected from and to the model's; all by default.
+        n_groups: Groups of neighbouring experts; a token's experts come from its best groups.
+        top_groups: How many groups those are.
     """
 
     n_experts: int = 8
@@ -64,13 +69,23 @@ class MoEConfig(MixerConfig, tag="moe"):
     router_bias: bool = False
     balance: Literal["loss", "sinkhorn", "bias", "none"] = "loss"
     balance_loss: float = 0.001
+    balance_rate: float = 0.001
     d_shared: int | None = None
+    d_latent: int | None = None
+    n_groups: int = 1
+    top_groups: int = 1
 
     def __post_init__(self) -> None:
         """Refuse sizes and choices that do not exist."""
         check_positive(n_experts=self.n_experts, top_k=self.top_k, d_hidden=self.d_hidden)
-        if self.d_shared is not None:
-            check_positive(d_shared=self.d_shared)
+        for name in ("d_shared", "d_latent"):
+            if getattr(self, name) is not None:
+                check_positive(**{name: getattr(self, name)})
+        if self.n_experts % self.n_groups or not 1 <= self.top_groups <= self.n_groups:
+            raise ValueError(
+                f"n_groups={self.n_groups}, top_groups={self.top_groups}: expected a divisor of "
+                f"n_experts={self.n_experts}, and from 1 to as many"
+            )
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k={self.top_k}, expected at most n_experts={self.n_experts}")
         if self.balance == "sinkhorn" and self.top_k != 1:
@@ -162,13 +177,19 @@ class MoE(Mixer, config=MoEConfig):
         experts, hidden = config.n_experts, config.d_hidden
         self.router = nn.Linear(d_model, experts, bias=config.router_bias, **made)
         if config.balance == "bias":
-            self.choice_bias = nn.Parameter(torch.zeros(experts, device=device, dtype=torch.float32))
-        self.in_proj = ExpertLinear(experts, d_model, (2 if config.gated else 1) * hidden, **made)
-        self.out_proj = ExpertLinear(experts, hidden, d_model, **made)
+            self.register_buffer("choice_bias", torch.zeros(experts, device=device, dtype=torch.float32))
+        width = d_model if config.d_latent is None else config.d_latent
+        self.to_latent = self.from_latent = None
+        if config.d_latent is not None:
+            self.to_latent = nn.Linear(d_model, width, bias=False, **made)
+            self.from_latent = nn.Linear(width, d_model, bias=False, **made)
+        self.in_proj = ExpertLinear(experts, width, (2 if config.gated else 1) * hidden, **made)
+        self.out_proj = ExpertLinear(experts, hidden, width, **made)
         self.shared = None
         if config.d_shared is not None:
-            shared = GatedMLPConfig(d_hidden=config.d_shared, activation=config.activation)
-            self.shared = GatedMLP(d_model, shared, **made)
+            kind = GatedMLPConfig if config.gated else MLPConfig
+            shared = kind(d_hidden=config.d_shared, activation=config.activation)
+            self.shared = shared.build(d_model, **made)
 
     def forward(self, x: Tensor, state: State | None = None, context: Context | None = None) -> Tensor:
         """Transform every token by the experts that it is routed to.
@@ -185,11 +206,13 @@ class MoE(Mixer, config=MoEConfig):
         weights, chosen = self.route(rows, context)  # (t, k) each
         order = chosen.flatten().argsort(stable=True)  # of (t k) visits, those of expert 0 first
         counts = torch.bincount(chosen.flatten(), minlength=self.config.n_experts)
-        hidden = self.in_proj(rows[order // self.config.top_k], counts)
+        seen = rows if self.to_latent is None else self.to_latent(rows)
+        hidden = self.in_proj(seen[order // self.config.top_k], counts)
         y = self.out_proj(self._activate(hidden), counts)  # (t k, d), sorted by expert
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = y[back].unflatten(0, (-1, self.config.top_k))  # (t, k, d)
-        y = (weights.to(y.dtype).unsqueeze(-1) * y).sum(1).view_as(x)
+        y = (weights.to(y.dtype).unsqueeze(-1) * y).sum(1)
+        y = (y if self.from_latent is None else self.from_latent(y)).view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
     def route(self, rows: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
@@ -214,21 +237,30 @@ class MoE(Mixer, config=MoEConfig):
                 preferred = scores + self.choice_bias
             elif config.balance == "sinkhorn" and self.training:
                 preferred = sinkhorn(logits.detach())
+            if config.n_groups > 1:
+                preferred = _within_best_groups(preferred, config.n_groups, config.top_groups)
             chosen = preferred.topk(config.top_k, dim=-1).indices
             weights = scores.gather(-1, chosen)
             if config.normalise:
                 weights = weights / weights.sum(-1, keepdim=True)
+        if self.training and config.balance == "bias":
+            self._even_out(chosen)
         if self.training and config.balance == "loss" and context is not None:
             context.losses.append(config.balance_loss * balance_loss(scores, chosen))
         return weights * config.weight_scale, chosen
 
     def reset_parameters(self) -> None:
         """Draw the weights as `torch.nn.Linear` does; biases on the choice start at zero."""
-        for part in (self.router, self.in_proj, self.out_proj, self.shared):
-            if part is not None:
-                part.reset_parameters()
+        for part in self.children():
+            part.reset_parameters()
         if self.config.balance == "bias":
             nn.init.zeros_(self.choice_bias)
+
+    @torch.no_grad()
+    def _even_out(self, chosen: Tensor) -> None:
+        """Make experts with less than their share of the tokens more likely to be chosen, the others less."""
+        load = torch.bincount(chosen.flatten(), minlength=self.config.n_experts)
+        self.choice_bias += self.config.balance_rate * (load.float().mean() - load).sign()
 
     def _activate(self, hidden: Tensor) -> Tensor:
         act = ACTIVATIONS[self.config.activation]
@@ -236,6 +268,17 @@ class MoE(Mixer, config=MoEConfig):
             return act(hidden)
         value, gate = hidden.chunk(2, dim=-1)
         return value * act(gate)
+
+
+def _within_best_groups(scores: Tensor, n_groups: int, top_groups: int) -> Tensor:
+    """Scores `(t, e)` with those outside a token's best groups at minus infinity.
+
+    A group is as good as its two best experts together (DeepSeek-AI, 2412.19437, section 2.1.2).
+    """
+    groups = scores.unflatten(-1, (n_groups, -1))  # (t, n, e / n)
+    best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
+    outside = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, False)
+    return groups.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
 def balance_loss(scores: Tensor, chosen: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mambakit.families import bamba, falcon_mamba, granite, jamba, mamba, mamba2
+from mambakit.families import bamba, falcon_mamba, granite, jamba, mamba, mamba2, nemotron_h
 from mambakit.families.family import Published
 
 _SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3}
@@ -19,6 +19,23 @@ TOYS: Mapping[str, Published] = {
         **_HYBRID, num_experts=4, attn_layer_period=3, attn_layer_offset=1, mamba_dt_rank=3
     ),
     "bamba": bamba.BambaJSON(**_HYBRID, **_MAMBA2, attn_layer_indices=[1]),
+    "nemotron_h": nemotron_h.NemotronHJSON(
+        vocab_size=50,
+        hidden_size=32,
+        layers_block_type=["linear_attention", "mlp", "full_attention", "moe"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        mamba_num_heads=6,
+        mamba_head_dim=8,
+        n_groups=2,
+        ssm_state_size=6,
+        n_routed_experts=6,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=40,
+        moe_latent_size=16,
+    ),
     "granitemoehybrid": granite.GraniteJSON(
         **_HYBRID,
         **_MAMBA2,
