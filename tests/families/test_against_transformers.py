@@ -63,6 +63,16 @@ TINY = {
             **{"attention_bias": True, "mlp_bias": True},
         },
     ),
+    "falcon_h1": (
+        "FalconH1",
+        {  # factors that float32 holds exactly, since theirs are float32 in any model
+            **{**HYBRID2, "mamba_n_heads": 6, "mamba_d_ssm": 48, "embedding_multiplier": 3.0},
+            **{"lm_head_multiplier": 0.5, "mlp_multipliers": [0.75, 1.25], "key_multiplier": 0.625},
+            **{"attention_in_multiplier": 1.5, "attention_out_multiplier": 0.875, "ssm_in_multiplier": 1.25},
+            **{"ssm_out_multiplier": 0.75, "ssm_multipliers": [0.75, 1.125, 0.875, 1.25, 0.625]},
+        },
+    ),
+    "falcon_h1-norm": ("FalconH1", {**HYBRID2, "mamba_d_ssm": 64, "mamba_rms_norm": True}),
     "nemotron_h": ("NemotronH", NEMOTRON),
     "nemotron_h-latent-groups": (
         "NemotronH",

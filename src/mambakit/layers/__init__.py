@@ -9,6 +9,7 @@ from mambakit.layers.mamba2 import Mamba2, Mamba2Config
 from mambakit.layers.mixer import Context, Mixer, MixerConfig, State
 from mambakit.layers.mlp import MLP, GatedMLP, GatedMLPConfig, MLPConfig
 from mambakit.layers.moe import MoE, MoEConfig
+from mambakit.layers.parallel import Parallel, ParallelConfig
 from mambakit.layers.s4 import S4, S4Config
 from mambakit.layers.s4d import S4D, S4DConfig
 from mambakit.layers.selective_ssm import SelectiveSSM
@@ -32,6 +33,8 @@ __all__ = [
     "MixerConfig",
     "MoE",
     "MoEConfig",
+    "Parallel",
+    "ParallelConfig",
     "S4Config",
     "S4DConfig",
     "SelectiveSSM",

@@ -195,7 +195,7 @@ class MixerConfig(Config, Tagged):
 class Mixer(nn.Module):
     """A layer mapping `(b, l, d_model)` to `(b, l, d_model)`, with an explicit state.
 
-    A mixer ends in a linear layer named `out_proj`, which the backbone scales for depth. `ssm_parameters`
+    A mixer ends in a linear layer named `out_proj`, or says otherwise in `last_weights`. `ssm_parameters`
     lists its own parameters that take part in a recurrence: no weight decay, and their own learning rate
     where the optimiser is given one.
     """
@@ -246,6 +246,10 @@ class Mixer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the parameters as published."""
+
+    def last_weights(self) -> Iterator[nn.Parameter]:
+        """The weights that write to the residual stream, which the backbone scales for depth."""
+        yield self.out_proj.weight
 
 
 def recurrent_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -248,6 +249,12 @@ class MoE(Mixer, config=MoEConfig):
         if self.training and config.balance == "loss" and context is not None:
             context.losses.append(config.balance_loss * balance_loss(scores, chosen))
         return weights * config.weight_scale, chosen
+
+    def last_weights(self) -> Iterator[nn.Parameter]:
+        """The weights that write to the residual stream."""
+        yield (self.out_proj if self.from_latent is None else self.from_latent).weight
+        if self.shared is not None:
+            yield self.shared.out_proj.weight
 
     def reset_parameters(self) -> None:
         """Draw the weights as `torch.nn.Linear` does; biases on the choice start at zero."""

@@ -180,4 +180,5 @@ class Backbone(nn.Module):
         """Divide each branch's last projection by the root of the number of branches (GPT-2's rule)."""
         with torch.no_grad():
             for block in self.blocks:
-                block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
+                for weight in block.mixer.last_weights():
+                    weight.div_(math.sqrt(len(self.blocks)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mambakit.families import bamba, falcon_mamba, granite, jamba, mamba, mamba2, nemotron_h
+from mambakit.families import bamba, falcon_h1, falcon_mamba, granite, jamba, mamba, mamba2, nemotron_h
 from mambakit.families.family import Published
 
 _SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3}
@@ -19,6 +19,15 @@ TOYS: Mapping[str, Published] = {
         **_HYBRID, num_experts=4, attn_layer_period=3, attn_layer_offset=1, mamba_dt_rank=3
     ),
     "bamba": bamba.BambaJSON(**_HYBRID, **_MAMBA2, attn_layer_indices=[1]),
+    "falcon_h1": falcon_h1.FalconH1JSON(
+        **{**_HYBRID, **_MAMBA2, "mamba_n_heads": 6},
+        mamba_d_ssm=48,
+        mlp_multipliers=(0.7, 1.3),
+        key_multiplier=0.6,
+        ssm_multipliers=(0.8, 1.1, 0.9, 1.2, 0.7),
+        attention_in_multiplier=1.4,
+        ssm_out_multiplier=0.9,
+    ),
     "nemotron_h": nemotron_h.NemotronHJSON(
         vocab_size=50,
         hidden_size=32,
