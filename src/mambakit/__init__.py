@@ -29,6 +29,7 @@ from mambakit.layers import (
     S4DConfig,
     State,
 )
+from mambakit.load import load, save
 from mambakit.models import (
     LanguageModel,
     LanguageModelConfig,
@@ -67,9 +68,11 @@ __all__ = [
     "__version__",
     "generate",
     "layers",
+    "load",
     "models",
     "ops",
     "pattern",
+    "save",
     "stream",
     "stream_text",
 ]

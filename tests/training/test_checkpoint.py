@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from mambakit.training import checkpoint, files
+from mambakit import files
+from mambakit.training import checkpoint
 from mambakit.training.checkpoint import DamagedCheckpoint
 
 

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 NURSERY = """
 import json, os, signal, sys
 import torch._dynamo  # which PyTorch's optimisers import
-from mambakit.training import Interrupted, TrainConfig, files, interrupt, log, run, trainer
+from mambakit import files
+from mambakit.training import Interrupted, TrainConfig, interrupt, log, run, trainer
 
 log.RunLog.draw = lambda self: None  # half a second each, and tested elsewhere
 trainer.Trainer(TrainConfig.from_dict(json.loads(sys.stdin.readline())), interrupt.StopRequest())  # warms up

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from mambakit import files
 from mambakit.config import ConfigError
-from mambakit.training import Interrupted, TrainConfig, files, load_run, run
+from mambakit.training import Interrupted, TrainConfig, load_run, run
 from mambakit.training.interrupt import StopRequest
 from mambakit.training.trainer import Trainer
 

@@ -14,10 +14,10 @@ from torch import nn
 from mambakit.cli.console import duration, out, scores
 from mambakit.cli.options import Backend, Run, Settings, forced
 from mambakit.config import ConfigError, merge, parse_overrides, to_dict
+from mambakit.files import replace_text
 from mambakit.generation.engine import DecodedModel, DecodeEngine
 from mambakit.training import TrainConfig, device, load_run
 from mambakit.training.evaluation import evaluate as measure
-from mambakit.training.files import replace_text
 from mambakit.training.summary import hardware, versions
 
 _CHANGEABLE = ("data", "device", "task", "train")

@@ -7,13 +7,16 @@ from mambakit.layers.attention import Attention, AttentionConfig
 from mambakit.layers.mamba1 import Mamba1, Mamba1Config
 from mambakit.layers.mamba2 import Mamba2, Mamba2Config
 from mambakit.layers.mixer import Context, Mixer, MixerConfig, State
-from mambakit.layers.mlp import GatedMLP, GatedMLPConfig
+from mambakit.layers.mlp import MLP, GatedMLP, GatedMLPConfig, MLPConfig
+from mambakit.layers.moe import MoE, MoEConfig
+from mambakit.layers.parallel import Parallel, ParallelConfig
 from mambakit.layers.s4 import S4, S4Config
 from mambakit.layers.s4d import S4D, S4DConfig
 from mambakit.layers.selective_ssm import SelectiveSSM
 from mambakit.layers.signed_mamba1 import SignedMamba1, SignedMamba1Config
 
 __all__ = [
+    "MLP",
     "S4",
     "S4D",
     "Attention",
@@ -21,12 +24,17 @@ __all__ = [
     "Context",
     "GatedMLP",
     "GatedMLPConfig",
+    "MLPConfig",
     "Mamba1",
     "Mamba1Config",
     "Mamba2",
     "Mamba2Config",
     "Mixer",
     "MixerConfig",
+    "MoE",
+    "MoEConfig",
+    "Parallel",
+    "ParallelConfig",
     "S4Config",
     "S4DConfig",
     "SelectiveSSM",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mambakit.layers import rotary
 from mambakit.layers.init import check_positive
-from mambakit.layers.mixer import Context, Mixer, MixerConfig, State
+from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, recurrent_dtype
 from mambakit.ops.attention import KVCache, attention
 
 FIRST_CAPACITY = 64
@@ -34,6 +34,7 @@ class AttentionConfig(MixerConfig, tag="attention"):
         window: Tokens a query looks back, itself included; all by default.
         causal: Whether a token sees only itself and earlier ones.
         scale: Factor on the scores; `head_dim ** -0.5` by default.
+        key_scale: Factor on the keys, and so on the scores.
         qkv_bias: Whether the query, key and value projections have biases.
         out_bias: Whether the output projection has one.
     """
@@ -47,6 +48,7 @@ class AttentionConfig(MixerConfig, tag="attention"):
     window: int | None = None
     causal: bool = True
     scale: float | None = None
+    key_scale: float = 1.0
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -149,8 +151,11 @@ class Attention(Mixer, config=AttentionConfig):
         )  # (b, l, h, p), (b, l, g, p), (b, l, g, p)
         if config.rope is not None:
             positions = self._count(x, state) if context.positions is None else context.positions
-            cos, sin = rotary.angles(positions, self.rotary_dims, config.rope)
+            cos, sin = rotary.angles(positions, self.rotary_dims, config.rope, recurrent_dtype(x.dtype))
             q, k = (rotary.rotate(t, cos, sin, interleaved=config.rope_interleaved) for t in (q, k))
+        scale = config.scale
+        if config.key_scale != 1:  # taken with the scores: the cache holds the keys themselves
+            scale = config.key_scale * (self.head_dim**-0.5 if scale is None else scale)
         if state is not None:
             _make_room(state, x.shape[1], config.window)
         y, _ = attention(
@@ -159,7 +164,7 @@ class Attention(Mixer, config=AttentionConfig):
             v,
             causal=config.causal,
             window=config.window,
-            scale=config.scale,
+            scale=scale,
             state=None if state is None else KVCache(**state),
             seq_idx=context.seq_idx,
         )

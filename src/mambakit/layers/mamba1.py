@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from mambakit.config import unknown
 from mambakit.layers.conv import CausalConv1d
 from mambakit.layers.init import check_dt_range, check_positive
 from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, recurrent_dtype
@@ -42,6 +43,9 @@ class Mamba1Config(MixerConfig, tag="mamba1"):
         dt_scale: Its scale.
         conv_bias: Whether the convolution has a bias.
         bias: Whether `in_proj` and `out_proj` have one.
+        inner_norm: RMS norms of dt, B and C inside the block: `"none"`, `"plain"` (without weights, Falcon
+            Mamba) or `"learned"` (Jamba).
+        inner_norm_eps: Added to the mean square in them.
     """
 
     d_state: int = 16
@@ -55,6 +59,8 @@ class Mamba1Config(MixerConfig, tag="mamba1"):
     dt_scale: float = 1.0
     conv_bias: bool = True
     bias: bool = False
+    inner_norm: Literal["none", "plain", "learned"] = "none"
+    inner_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         """Refuse sizes that no block can have."""
@@ -62,6 +68,8 @@ class Mamba1Config(MixerConfig, tag="mamba1"):
         check_dt_range(self.dt_min, self.dt_max)
         if self.dt_rank != "auto":
             check_positive(dt_rank=self.dt_rank)
+        if self.inner_norm not in ("none", "plain", "learned"):
+            raise ValueError(unknown("inner_norm", self.inner_norm, ("none", "plain", "learned")))
 
     def d_inner(self, d_model: int) -> int:
         """Inner channels for a model of width `d_model`."""
@@ -107,6 +115,8 @@ class Mamba1(Mixer, config=Mamba1Config):
             dt_init_floor=config.dt_init_floor,
             dt_init=config.dt_init,
             dt_scale=config.dt_scale,
+            inner_norm=config.inner_norm,
+            inner_norm_eps=config.inner_norm_eps,
             **made,
         )
         self.out_proj = nn.Linear(d_inner, d_model, bias=config.bias, **made)

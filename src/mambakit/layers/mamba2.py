@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mambakit import ops
 from mambakit.layers import init
@@ -46,6 +47,8 @@ class Mamba2Config(MixerConfig, tag="mamba2"):
         norm_before_gate: Normalise first and gate then (off in all published Mamba-2 models).
         conv_bias: Whether the convolution has a bias.
         bias: Whether `in_proj` and `out_proj` have one.
+        gated_norm: Whether the gated output is normalised; without, it is `y * silu(z)`.
+        in_scales: Factors on what `in_proj` gives, for z, x, B, C and dt; `None` is none.
     """
 
     d_state: int = 128
@@ -62,6 +65,8 @@ class Mamba2Config(MixerConfig, tag="mamba2"):
     norm_before_gate: bool = False
     conv_bias: bool = True
     bias: bool = False
+    gated_norm: bool = True
+    in_scales: tuple[float, float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that no block can have."""
@@ -124,13 +129,15 @@ class Mamba2(Mixer, config=Mamba2Config):
         self.dt_bias = nn.Parameter(torch.empty(heads, **scalar))
         self.A_log = nn.Parameter(torch.empty(heads, **scalar))
         self.D = nn.Parameter(torch.empty(heads, **scalar))
-        self.norm = GatedRMSNorm(
-            d_inner,
-            eps=config.norm_eps,
-            group_size=d_inner // config.ngroups,
-            norm_before_gate=config.norm_before_gate,
-            **made,
-        )
+        self.norm = None
+        if config.gated_norm:
+            self.norm = GatedRMSNorm(
+                d_inner,
+                eps=config.norm_eps,
+                group_size=d_inner // config.ngroups,
+                norm_before_gate=config.norm_before_gate,
+                **made,
+            )
         self.out_proj = nn.Linear(d_inner, d_model, bias=config.bias, **made)
         self._reset_scalars()
 
@@ -150,7 +157,8 @@ class Mamba2(Mixer, config=Mamba2Config):
         """
         config, (d_inner, _, _) = self.config, self.split
         seq_idx = None if context is None else context.seq_idx
-        z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)  # (b, l, d), (b, l, d + 2 g n), (b, l, h)
+        projected = self.in_proj(x) if config.in_scales is None else self._scaled(self.in_proj(x))
+        z, xBC, dt = projected.split(self.split, dim=-1)  # (b, l, d), (b, l, d + 2 g n), (b, l, h)
         xBC = self.conv1d(xBC, state=None if state is None else state["conv"], seq_idx=seq_idx)
         stream, B, C = xBC.split((d_inner, *2 * [config.ngroups * config.d_state]), dim=-1)
         y, _ = ops.ssd(
@@ -166,7 +174,8 @@ class Mamba2(Mixer, config=Mamba2Config):
             state=None if state is None else state["ssm"],
             seq_idx=seq_idx,
         )
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        y = y.flatten(-2)
+        return self.out_proj(y * F.silu(z) if self.norm is None else self.norm(y, z))
 
     def init_state(
         self,
@@ -190,9 +199,16 @@ class Mamba2(Mixer, config=Mamba2Config):
 
     def reset_parameters(self) -> None:
         """Initialise as published: `-A` uniform in `A_init_range`, `D = 1`, `dt` log-uniform."""
-        for part in (self.in_proj, self.conv1d, self.norm, self.out_proj):
+        for part in self.children():
             part.reset_parameters()
         self._reset_scalars()
+
+    def _scaled(self, projected: Tensor) -> Tensor:
+        """Multiply the sections z, x, B, C and dt by their factors."""
+        states = self.config.ngroups * self.config.d_state
+        sizes = torch.tensor([self.split[0], self.split[0], states, states, self.split[2]])
+        scales = torch.tensor(self.config.in_scales, dtype=projected.dtype).repeat_interleave(sizes)
+        return projected * scales.to(projected.device)
 
     def _reset_scalars(self) -> None:
         config = self.config

@@ -29,10 +29,12 @@ class Context:
         seq_idx: Document number of each token `(b, l)`, integers; information never crosses documents.
         positions: Position of each token in its document `(b, l)`, integers, for rotary embeddings; counted
             from the state's length where absent.
+        losses: Scalars that layers want added to the training loss, such as a router's for an even load.
     """
 
     seq_idx: Tensor | None = None
     positions: Tensor | None = None
+    losses: list[Tensor] = dataclasses.field(default_factory=list)
 
 
 class State(Mapping[str, Any]):
@@ -193,7 +195,7 @@ class MixerConfig(Config, Tagged):
 class Mixer(nn.Module):
     """A layer mapping `(b, l, d_model)` to `(b, l, d_model)`, with an explicit state.
 
-    A mixer ends in a linear layer named `out_proj`, which the backbone scales for depth. `ssm_parameters`
+    A mixer ends in a linear layer named `out_proj`, or says otherwise in `last_weights`. `ssm_parameters`
     lists its own parameters that take part in a recurrence: no weight decay, and their own learning rate
     where the optimiser is given one.
     """
@@ -244,6 +246,10 @@ class Mixer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the parameters as published."""
+
+    def last_weights(self) -> Iterator[nn.Parameter]:
+        """The weights that write to the residual stream, which the backbone scales for depth."""
+        yield self.out_proj.weight
 
 
 def recurrent_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,13 +1,14 @@
-"""The gated MLP as a mixer: the `-` of patterns such as `"M-M-*-"`.
+"""The MLP as a mixer, gated or plain: the `-` of patterns such as `"M-M-*-"`.
 
-`out_proj(x' * act(gate))` with `x', gate` from one projection. It mixes channels, never tokens, so its state
-is empty. With SiLU this is SwiGLU.
+Gated: `out_proj(x' * act(gate))` with `x', gate` from one projection; with SiLU this is SwiGLU. Plain:
+`out_proj(act(in_proj(x)))`. It mixes channels, never tokens, so its state is empty.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ class GatedMLPConfig(MixerConfig, tag="mlp"):
         d_hidden: Hidden channels outright, not rounded; replaces `expand`.
         activation: `silu`, `gelu` or `relu2`.
         bias: Whether the projections have biases.
+        gate_scale: Factor on the gate, before its activation.
+        out_scale: Factor on the output.
     """
 
     expand: float = 8 / 3
@@ -43,6 +46,8 @@ class GatedMLPConfig(MixerConfig, tag="mlp"):
     d_hidden: int | None = None
     activation: str = "silu"
     bias: bool = False
+    gate_scale: float = 1.0
+    out_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse sizes and activations that do not exist."""
@@ -72,6 +77,9 @@ class GatedMLP(Mixer, config=GatedMLPConfig):
         Shazeer, "GLU variants improve transformer" (2002.05202), equation 6.
     """
 
+    parts: ClassVar[int] = 2
+    """How many times the hidden channels the first projection gives."""
+
     def __init__(
         self,
         d_model: int,
@@ -83,7 +91,7 @@ class GatedMLP(Mixer, config=GatedMLPConfig):
         super().__init__()
         self.config = config
         hidden = config.hidden(d_model)
-        self.in_proj = nn.Linear(d_model, 2 * hidden, bias=config.bias, device=device, dtype=dtype)
+        self.in_proj = nn.Linear(d_model, self.parts * hidden, bias=config.bias, device=device, dtype=dtype)
         self.out_proj = nn.Linear(hidden, d_model, bias=config.bias, device=device, dtype=dtype)
         self._reset_biases()
 
@@ -98,8 +106,11 @@ class GatedMLP(Mixer, config=GatedMLPConfig):
         Returns:
             Activations `(b, l, d_model)`.
         """
+        config = self.config
         value, gate = self.in_proj(x).chunk(2, dim=-1)  # (b, l, f) each
-        return self.out_proj(value * ACTIVATIONS[self.config.activation](gate))
+        gate = gate if config.gate_scale == 1 else config.gate_scale * gate
+        y = self.out_proj(value * ACTIVATIONS[config.activation](gate))
+        return y if config.out_scale == 1 else config.out_scale * y
 
     def reset_parameters(self) -> None:
         """Draw the weights as `torch.nn.Linear` does; biases start at zero."""
@@ -111,3 +122,28 @@ class GatedMLP(Mixer, config=GatedMLPConfig):
         for proj in (self.in_proj, self.out_proj):
             if proj.bias is not None:
                 nn.init.zeros_(proj.bias)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPConfig(GatedMLPConfig, tag="plain_mlp"):
+    """Settings of an MLP without a gate: a gated one's, with other defaults and without `gate_scale`."""
+
+    expand: float = 4
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes and activations that do not exist, and a scale of a gate that there is not."""
+        super().__post_init__()
+        if self.gate_scale != 1:
+            raise ValueError(f"gate_scale={self.gate_scale}, expected 1: a plain MLP has no gate")
+
+
+class MLP(GatedMLP, config=MLPConfig):
+    """Two-layer perceptron `out_proj(act(in_proj(x)))`; arguments as for `GatedMLP`."""
+
+    parts = 1
+
+    def forward(self, x: Tensor, state: State | None = None, context: Context | None = None) -> Tensor:
+        """Transform every token on its own; arguments as for `GatedMLP`."""
+        y = self.out_proj(ACTIVATIONS[self.config.activation](self.in_proj(x)))
+        return y if self.config.out_scale == 1 else self.config.out_scale * y

@@ -18,6 +18,7 @@ class RMSNorm(nn.Module):
     Args:
         d_model: Channels.
         eps: Added to the mean square.
+        scale: Whether to learn the weight; without, it is one.
         device: Where the weight lives.
         dtype: Type of the weight.
 
@@ -30,12 +31,13 @@ class RMSNorm(nn.Module):
         d_model: int,
         *,
         eps: float = 1e-5,
+        scale: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
+        self.d_model, self.eps = d_model, eps
+        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype)) if scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `(..., d_model)`.
@@ -53,11 +55,12 @@ class RMSNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the weight to one."""
-        nn.init.ones_(self.weight)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
-        return f"{self.weight.numel()}, eps={self.eps}"
+        return f"{self.d_model}, eps={self.eps}, scale={self.weight is not None}"
 
 
 class LayerNorm(nn.Module):

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 
-def angles(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
+def angles(
+    positions: Tensor, dims: int, base: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles.
 
     Args:
         positions: Position of each token `(b, l)` or `(l,)`, in tokens.
         dims: Channels of a head that turn, an even number.
         base: The slowest pair's wavelength is about `2 pi base` tokens.
+        dtype: Type of the result and of all that leads to it, float32 or wider.
 
     Returns:
-        Two float32 tensors `(b, l, 1, dims / 2)` (or `(l, 1, dims / 2)`), ready to broadcast over heads.
+        Two tensors `(b, l, 1, dims / 2)` (or `(l, 1, dims / 2)`), ready to broadcast over heads.
 
     Raises:
         ValueError: `dims` is odd.
@@ -30,9 +33,9 @@ def angles(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """
     if dims % 2:
         raise ValueError(f"rotary embedding turns pairs; got {dims} channels, expected an even number")
-    exponents = torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims
-    # float32 throughout, as published models have it; at 2^20 tokens rounding turns a pair by up to 0.03 rad.
-    turned = positions.to(torch.float32)[..., None] * (1.0 / base**exponents)
+    exponents = torch.arange(0, dims, 2, device=positions.device, dtype=dtype) / dims
+    # float32 as in published models: at 2^20 tokens rounding turns a pair by up to 0.03 rad.
+    turned = positions.to(dtype)[..., None] * (1.0 / base**exponents)
     turned = turned.unsqueeze(-2)
     return turned.cos(), turned.sin()
 

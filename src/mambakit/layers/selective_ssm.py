@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mambakit import ops
 from mambakit.layers import init
+from mambakit.layers.norm import RMSNorm
 
 
 class SelectiveSSM(nn.Module):
@@ -30,6 +31,9 @@ class SelectiveSSM(nn.Module):
         dt_init_floor: No initial step size below this.
         dt_init: `"random"`: uniform in plus or minus `dt_scale / sqrt(r)`; `"constant"`: that value.
         dt_scale: Scale of the initial step size projection.
+        inner_norm: RMS norms of dt (before its projection), B and C: `"none"`, `"plain"` without weights as
+            in Falcon Mamba, or `"learned"` as in Jamba.
+        inner_norm_eps: Added to the mean square in them.
         device: Where the parameters live.
         dtype: Type of the projections; `A_log`, `D` and `dt_bias` are float32 or wider.
     """
@@ -47,6 +51,8 @@ class SelectiveSSM(nn.Module):
         dt_init_floor: float = 1e-4,
         dt_init: str = "random",
         dt_scale: float = 1.0,
+        inner_norm: str = "none",
+        inner_norm_eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,11 +66,20 @@ class SelectiveSSM(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(d_inner, device=device, dtype=scalar))
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state, device=device, dtype=scalar))
         self.D = nn.Parameter(torch.empty(d_inner, device=device, dtype=scalar))
+        self.dt_norm, self.B_norm, self.C_norm = (
+            nn.Identity()
+            if inner_norm == "none"
+            else RMSNorm(size, eps=inner_norm_eps, scale=inner_norm == "learned", device=device, dtype=dtype)
+            for size in self.split
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise as published: `A = -(1, ..., n)` (S4D-Real), `D = 1`, `dt` log-uniform."""
         self.x_proj.reset_parameters()
+        for norm in (self.dt_norm, self.B_norm, self.C_norm):
+            if isinstance(norm, RMSNorm):
+                norm.reset_parameters()
         bound = self.dt_proj.in_features**-0.5 * self.dt_scale
         if self.dt_init == "random":
             nn.init.uniform_(self.dt_proj.weight, -bound, bound)
@@ -91,7 +106,8 @@ class SelectiveSSM(nn.Module):
             Outputs `(b, l, d)`.
         """
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
-        return self.scan(x, self.dt_proj(dt), B.unsqueeze(2), C.unsqueeze(2), z, state, seq_idx)
+        dt, B, C = self.dt_proj(self.dt_norm(dt)), self.B_norm(B).unsqueeze(2), self.C_norm(C).unsqueeze(2)
+        return self.scan(x, dt, B, C, z, state, seq_idx)
 
     def scan(
         self,

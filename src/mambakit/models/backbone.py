@@ -74,6 +74,7 @@ class BackboneConfig(Config):
         pattern: One letter per block, see `pattern`.
         mixers: Letter -> mixer config, laid over the defaults.
         norm_eps: Added to the mean square in every norm.
+        residual_scale: Factor on every branch.
         residual_in_fp32: Keep the residual stream in float32 when the parameters are narrower.
         dropout: Probability of dropping an element of a branch in training.
     """
@@ -82,6 +83,7 @@ class BackboneConfig(Config):
     pattern: str
     mixers: Mapping[str, MixerConfig] = dataclasses.field(default_factory=dict)
     norm_eps: float = 1e-5
+    residual_scale: float = 1.0
     residual_in_fp32: bool = True
     dropout: float = 0.0
 
@@ -122,8 +124,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False
-        made = {"norm_eps": config.norm_eps, "dropout": config.dropout, "device": device, "dtype": dtype}
-        self.blocks = nn.ModuleList(Block(config.d_model, mixer, **made) for mixer in config.blocks)
+        made = {"norm_eps": config.norm_eps, "scale": config.residual_scale, "dropout": config.dropout}
+        self.blocks = nn.ModuleList(
+            Block(config.d_model, mixer, **made, device=device, dtype=dtype) for mixer in config.blocks
+        )
         self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
         self._scale_for_depth()
 
@@ -176,4 +180,5 @@ class Backbone(nn.Module):
         """Divide each branch's last projection by the root of the number of branches (GPT-2's rule)."""
         with torch.no_grad():
             for block in self.blocks:
-                block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
+                for weight in block.mixer.last_weights():
+                    weight.div_(math.sqrt(len(self.blocks)))

@@ -1,4 +1,4 @@
-"""The residual block that every model is a list of: `x + dropout(mixer(norm(x)))`."""
+"""The residual block that every model is a list of: `x + scale * dropout(mixer(norm(x)))`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Block(nn.Module):
         d_model: Width of the residual stream, channels.
         mixer: Config of the mixer.
         norm_eps: Added to the mean square in the norm.
+        scale: Factor on the branch.
         dropout: Probability that an element of the branch is dropped in training.
         device: Where the parameters live.
         dtype: Type of the parameters.
@@ -30,11 +31,13 @@ class Block(nn.Module):
         mixer: MixerConfig,
         *,
         norm_eps: float = 1e-5,
+        scale: float = 1.0,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.scale = scale
         self.norm = RMSNorm(d_model, eps=norm_eps, device=device, dtype=dtype)
         self.mixer = mixer.build(d_model, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -54,4 +57,5 @@ class Block(nn.Module):
             ValueError: Shapes that do not fit.
         """
         normed = self.norm(x).to(self.norm.weight.dtype)
-        return x + self.dropout(self.mixer(normed, state, context))
+        branch = self.dropout(self.mixer(normed, state, context))
+        return x + (branch if self.scale == 1 else self.scale * branch)

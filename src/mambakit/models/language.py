@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,15 @@ class LanguageModelConfig(BackboneConfig):
         vocab_size: Number of tokens.
         tie_embeddings: Use the embedding as the head's weight.
         initializer_range: Standard deviation of the initial embedding.
+        embedding_scale: Factor on the embedding.
+        logits_scale: Factor on the logits.
     """
 
     vocab_size: int
     tie_embeddings: bool = True
     initializer_range: float = 0.02
+    embedding_scale: float = 1.0
+    logits_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse an empty vocabulary, and what a backbone refuses."""
@@ -39,7 +45,12 @@ class LanguageModel(nn.Module):
         config: Its settings.
         device: Where the parameters live.
         dtype: Type of the parameters; state space scalars stay float32.
+
+    Attributes:
+        published: What the `config.json` said that the model was loaded from, if it was.
     """
+
+    published: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -79,7 +90,10 @@ class LanguageModel(nn.Module):
 
         With `lm_head` applied to chosen positions only, long prompts need no `(b, l, v)` logits.
         """
-        return self.backbone(self.embedding(tokens), state, context)
+        scale, x = self.config.embedding_scale, self.embedding(tokens)
+        x = self.backbone(x if scale == 1 else scale * x, state, context)
+        scale = self.config.logits_scale  # taken here, so that the head stays a plain matrix
+        return x if scale == 1 else scale * x
 
     def init_state(
         self,

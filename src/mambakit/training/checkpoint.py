@@ -29,7 +29,7 @@ from typing import Any
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from mambakit.training import files
+from mambakit import files
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")

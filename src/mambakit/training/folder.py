@@ -24,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
 from torch import nn
 
+from mambakit import files
 from mambakit.config import ConfigError, unknown
 from mambakit.data.config import DataConfig
 from mambakit.data.tokenizers import Tokenizer, tokenizer_from
-from mambakit.training import checkpoint, files
+from mambakit.training import checkpoint
 from mambakit.training.config import TrainConfig
 
 CONFIG = "config.json"

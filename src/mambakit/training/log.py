@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambakit.training import curves, files
+from mambakit import files
+from mambakit.training import curves
 
 if TYPE_CHECKING:
     from rich.console import Console

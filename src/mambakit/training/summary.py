@@ -14,7 +14,7 @@ import safetensors
 import torch
 
 import mambakit
-from mambakit.training import files
+from mambakit import files
 
 
 def versions() -> dict[str, str]:

@@ -185,7 +185,7 @@ class LanguageModeling(TaskConfig, tag="language-modeling"):
         self, model: LanguageModel, batch: Batch, targets: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy over the labels; see `TaskConfig.loss`."""
-        context = Context(seq_idx=batch["seq_idx"]) if "seq_idx" in batch else None
+        context = Context(seq_idx=batch.get("seq_idx"))
         labels = batch["labels"]
         if "places" in batch:
             places = batch["places"]
@@ -199,7 +199,10 @@ class LanguageModeling(TaskConfig, tag="language-modeling"):
             nats, wrong = _head_loss(model, features, labels.flatten())
         labelled = labels != IGNORED
         sums = _sequence_sums(nats, wrong.view_as(labels).sum(1), labelled.sum(1))
-        return nats / (sums["targets"].clamp(min=1) if targets is None else targets), sums
+        total = sums["targets"].clamp(min=1) if targets is None else targets
+        for loss in context.losses:  # means over this part of the batch, so weighted by its share
+            nats = nats + loss * sums["targets"]
+        return nats / total, sums
 
     def measure(self, model: LanguageModel, batch: Batch) -> dict[str, Tensor]:
         """The sums of one batch; long sequences chunk by chunk with carried state."""

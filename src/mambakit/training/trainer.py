@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
+from mambakit import files
 from mambakit.config import ConfigError, to_dict
 from mambakit.data.loader import batches
-from mambakit.training import checkpoint, device, evaluation, files, folder, optim, summary
+from mambakit.training import checkpoint, device, evaluation, folder, optim, summary
 from mambakit.training.config import TrainConfig, check_resumable
 from mambakit.training.ema import Average
 from mambakit.training.graph import StepGraph

@@ -15,6 +15,7 @@ from torch import nn
 from mambakit import ops
 from mambakit.generation import Sampling, generate, stream
 from mambakit.generation.engine import FORMS, DecodeEngine, choice
+from mambakit.layers.mamba1 import Mamba1Config
 from mambakit.layers.signed_mamba1 import SignedMamba1Config
 from mambakit.models import SequenceClassifier, SequenceClassifierConfig
 from mambakit.ops import native
@@ -58,6 +59,14 @@ def classifier(make):
     [
         (lambda make: make("attention"), "block 1 is Attention; it takes Mamba1, Mamba2, GatedMLP"),
         (lambda make: make("mamba1", mixers={"M": SignedMamba1Config()}), "block 0 is SignedMamba1"),
+        (
+            lambda make: make("mamba1", mixers={"M": Mamba1Config(inner_norm="plain")}),
+            "block 0 has inner_norm=plain",
+        ),
+        (
+            lambda make: make("mamba1", residual_scale=0.5),
+            "the model has residual_scale=0.5, of which it knows",
+        ),
         (lambda make: make("mamba1", dtype=torch.float64), "embedding.weight is float64; it takes float32"),
         (lambda make: make("mamba1").to("meta"), "embedding.weight is on meta, not on the CPU"),
         (adapted, r"backbone.blocks.1.mixer.ssm.x_proj is Adapted, of which it knows nothing"),

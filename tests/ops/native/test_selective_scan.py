@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(native.load().library is None, reason=str(native
 
 
 def inputs(dtype=torch.float32, b=1, l=2600, d=3, n=6, g=1, slow=False, packed=False):
-    """One strip of channels at any instruction level, and many tokens; 2,600 tokens are cut into chunks that fill no tile."""
+    """One strip of channels at any instruction level; 2,600 tokens are cut into chunks that fill no tile."""
     draw = Draw(dtype)
     rates = {"low": -0.02, "high": -0.001} if slow else {"low": -4.0, "high": -0.1}
     return {

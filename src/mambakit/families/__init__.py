@@ -1,0 +1,20 @@
+"""Published families of models, a file each: their configuration files, tensor names and sizes, as data.
+
+`FAMILIES` lists them; `mambakit.load` finds the one that a checkpoint belongs to.
+"""
+
+from mambakit.families.bamba import BAMBA
+from mambakit.families.falcon_h1 import FALCON_H1
+from mambakit.families.falcon_mamba import FALCON_MAMBA
+from mambakit.families.family import Family, Layout, Published, Size
+from mambakit.families.granite import GRANITE
+from mambakit.families.jamba import JAMBA
+from mambakit.families.mamba import MAMBA
+from mambakit.families.mamba2 import MAMBA2
+from mambakit.families.nemotron_h import NEMOTRON_H
+
+_ALL = (MAMBA, MAMBA2, FALCON_MAMBA, FALCON_H1, JAMBA, BAMBA, GRANITE, NEMOTRON_H)
+FAMILIES = {family.name: family for family in _ALL}
+"""Family by name."""
+
+__all__ = ["FAMILIES", "Family", "Layout", "Published", "Size"]

@@ -1,0 +1,248 @@
+"""Published checkpoints in and out: `load("folder or repository")` and `save(model, folder)`.
+
+    model = mambakit.load("state-spaces/mamba-130m-hf", dtype=torch.bfloat16)
+    mambakit.save(model, "out")  # transformers and `load` read it
+
+The family is recognised by the `config.json`; its file in `families/` says what is called what. The network
+is built without memory, and every tensor is read once and put in its place; where type and device are those
+of the file, the weights stay on the mapped file and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambakit.checkpoints import CheckpointError, Source, Tensors, locate, open_tensors, read_config, sources
+from mambakit.checkpoints.files import CONFIG, write_checkpoint
+from mambakit.config import ConfigError, to_dict, unknown
+from mambakit.families import FAMILIES, Family, Layout
+from mambakit.families.family import check_same
+from mambakit.models.language import LanguageModel, LanguageModelConfig
+
+_EMBEDDING, _HEAD = "embedding.weight", "lm_head.weight"
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> LanguageModel:
+    """Load a published language model.
+
+    Args:
+        name: A checkpoint folder, or a repository of the Hugging Face hub, such as
+            `state-spaces/mamba-130m-hf`, which is downloaded once.
+        dtype: Type of the weights; as stored by default. Scalars of recurrences are float32 or wider anyway.
+        device: Where they go.
+        revision: Branch, tag or commit of the repository.
+
+    Returns:
+        The model in evaluation mode; its `published` is the file that described it.
+
+    Raises:
+        CheckpointError: Nothing there, an unknown family, a setting that no network of ours has, or a tensor
+            that is missing, superfluous, damaged, or of another shape; one line that says which.
+    """
+    folder = locate(name, revision=revision)
+    found = read_config(folder)
+    _, layout = recognise(found, folder / CONFIG)
+    config = _described(layout, found, folder / CONFIG)
+    with open_tensors(folder) as tensors:
+        config = _checked(config, layout, tensors, folder)
+        if dtype is None:
+            dtype = tensors[_theirs(layout, _EMBEDDING)].dtype
+        model = _build(config, dtype, folder / CONFIG)
+        model.load_state_dict(_read(model, layout, tensors, folder, device), assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embedding.weight
+    model.published = found
+    return model.eval()
+
+
+def save(
+    model: LanguageModel,
+    folder: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a model as its family's checkpoints are written.
+
+    What the file that the model was loaded from says beside the network (token numbers, for example) is kept.
+
+    Args:
+        model: A model of a published family.
+        folder: A new folder, or one without a checkpoint.
+        layout: `transformers`, or `mamba_ssm` where the family has it; by default the one it was loaded from.
+        dtype: Type to write; the embedding's by default.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: A model of no published family, an unknown layout, or a folder with a checkpoint.
+    """
+    folder, dtype = Path(folder), dtype or model.embedding.weight.dtype
+    before = model.published or {}
+    chosen, published = _describe(model.config, layout, before)
+    kept = before if chosen.matches(before) else {}
+    config = {**kept, **chosen.fixed, **to_dict(published)}
+    if chosen.name == "transformers":
+        config = {k: v for k, v in config.items() if k != "torch_dtype"} | {
+            "dtype": str(dtype).removeprefix("torch.")
+        }
+    write_checkpoint(folder, config, _written(model, chosen, dtype), pickled=chosen.pickled)
+    return folder
+
+
+def recognise(found: Mapping[str, Any], where: Path) -> tuple[Family, Layout]:
+    """Find the family and layout of a `config.json`.
+
+    Raises:
+        CheckpointError: None or, through a mistake in the families, several.
+    """
+    matches = [
+        (family, layout) for family in FAMILIES.values() for layout in family.layouts if layout.matches(found)
+    ]
+    if not matches:
+        kind = found.get("model_type")
+        if kind is None:
+            raise CheckpointError(f"{where} names no model_type, and is not of mamba_ssm either")
+        raise CheckpointError(f"{where}: {unknown('model_type', kind, FAMILIES)}")
+    return matches[0]
+
+
+def _described(layout: Layout, found: Mapping[str, Any], where: Path) -> LanguageModelConfig:
+    try:
+        return layout.published.from_dict(found, where=str(where)).ours()
+    except CheckpointError:
+        raise
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except (ValueError, OverflowError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _describe(
+    config: LanguageModelConfig, layout: str | None, before: Mapping[str, Any]
+) -> tuple[Layout, Any]:
+    """The layout to write a network in, and its keys: as it was loaded, else the first that describes it."""
+    names = {one.name for family in FAMILIES.values() for one in family.layouts}
+    if layout is not None and layout not in names:
+        raise CheckpointError(unknown("layout", layout, names))
+    choices = [one for family in FAMILIES.values() for one in family.layouts if layout in (None, one.name)]
+    choices.sort(key=lambda one: not one.matches(before))
+    reasons = []
+    for choice in choices:
+        try:
+            published = choice.published.of(config)
+            check_same(published.ours(), config)
+            return choice, published
+        except ValueError as error:
+            reasons.append(f"{choice.fixed.get('model_type', choice.name)}: {error}")
+    raise CheckpointError(f"no published family describes this network ({'; '.join(reasons)})")
+
+
+def _checked(
+    config: LanguageModelConfig, layout: Layout, tensors: Tensors, folder: Path
+) -> LanguageModelConfig:
+    """The config with the vocabulary that the file has, before anything of a size that it names is built."""
+    name = _theirs(layout, _EMBEDDING)
+    if name not in tensors:
+        raise CheckpointError(
+            f"{folder}: {name} is missing; the file has {', '.join(list(tensors)[:3])}, ..."
+        )
+    shape = tensors.shape(name)
+    if len(shape) != 2 or shape[1] != config.d_model or shape[0] < config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: {name} has shape {shape}, expected ({config.vocab_size} or more, {config.d_model})"
+        )
+    if len(config.blocks) > len(tensors):
+        raise CheckpointError(f"{folder}: {len(tensors)} tensors for {len(config.blocks)} blocks")
+    return dataclasses.replace(config, vocab_size=shape[0])  # some are padded beyond what the config says
+
+
+def _build(config: LanguageModelConfig, dtype: torch.dtype, where: Path) -> LanguageModel:
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise CheckpointError(
+            f"{where.parent}: weights of {dtype}, expected float32, bfloat16, float16 or float64"
+        )
+    try:
+        return LanguageModel(config, device="meta", dtype=dtype)
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{where} describes no network: {str(error).splitlines()[0]}") from None
+
+
+def _theirs(layout: Layout, ours: str) -> str:
+    return next(row.theirs for row in layout.rows if row.ours == ours)
+
+
+def _sources(model: LanguageModel, layout: Layout) -> dict[str, Source]:
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return sources(layout.rows, shapes, [block.tag for block in model.config.blocks])
+
+
+def _read(
+    model: LanguageModel, layout: Layout, tensors: Tensors, folder: Path, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Every tensor of the model, read from the file."""
+    found, empty, unused = {}, model.state_dict(), set(tensors)
+    for name, source in _sources(model, layout).items():
+        tied = name == _HEAD and model.config.tie_embeddings
+        if tied and source.names[0] not in tensors:
+            continue
+        for theirs in source.names:
+            if theirs not in tensors:
+                raise CheckpointError(f"{folder}: {theirs} is missing")
+        unused -= set(source.names)
+        tensor = _joined(source, tensors, tuple(empty[name].shape), folder)
+        if tied:
+            if not torch.equal(tensor, tensors[_theirs(layout, _EMBEDDING)]):
+                raise CheckpointError(
+                    f"{folder}: {source.names[0]} is not the embedding, though the config ties them"
+                )
+            continue
+        found[name] = tensor.to(device, empty[name].dtype)
+    if unused:
+        raise CheckpointError(
+            f"{folder}: {min(unused)} belongs to no part of the network (of {len(unused)} such)"
+        )
+    if model.config.tie_embeddings:
+        found[_HEAD] = found[_EMBEDDING]
+    return found
+
+
+def _joined(source: Source, tensors: Tensors, expected: tuple[int, ...], folder: Path) -> Tensor:
+    parts = [tensors[name] for name in source.names]
+    for name, part in zip(source.names, parts, strict=True):
+        if not part.is_floating_point() or part.is_sparse:
+            raise CheckpointError(f"{folder}: {name} is of {part.dtype}, expected floating-point numbers")
+    try:
+        tensor = source.transform.join(parts)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {', '.join(source.names)}: {error}") from None
+    if tuple(tensor.shape) != expected:
+        shown = tuple(tensor.shape)
+        raise CheckpointError(f"{folder}: {source.names[0]} has shape {shown}, expected {expected}")
+    return tensor
+
+
+def _written(model: LanguageModel, layout: Layout, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Their names and tensors, in order."""
+    weights, tied = model.state_dict(), model.config.tie_embeddings
+    for name, source in _sources(model, layout).items():
+        tensor = weights[name] if source.keeps_type else weights[name].to(dtype)
+        if name == _HEAD and tied:
+            if not layout.stores_tied_head:
+                continue
+            tensor = tensor.clone()  # two names may not share one memory in the file
+        yield from zip(source.names, source.transform.split(tensor, len(source.names)), strict=True)

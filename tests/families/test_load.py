@@ -1,0 +1,237 @@
+"""What `load` and `save` say of files and models that they cannot take, and what they do not copy."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mambakit
+from mambakit.checkpoints import CheckpointError
+from mambakit.layers import Mamba1Config, Mamba2Config
+
+SMALL = {"vocab_size": 24, "d_model": 16, "pattern": "2M"}
+MIXERS = {
+    "mamba": Mamba1Config(d_state=4),
+    "mamba2": Mamba2Config(d_state=8, headdim=8, ngroups=2),
+    "falcon_mamba": Mamba1Config(d_state=4, inner_norm="plain"),
+}
+
+
+def model_of(family, **settings):
+    torch.manual_seed(0)
+    config = mambakit.LanguageModelConfig(**{**SMALL, "mixers": {"M": MIXERS[family]}, **settings})
+    return mambakit.LanguageModel(config)
+
+
+def edit(folder, **changes):
+    """Change keys of the `config.json`; `None` removes one."""
+    found = json.loads((folder / "config.json").read_text())
+    found = {k: v for k, v in {**found, **changes}.items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(found))
+
+
+def swap(folder, **changes):
+    """Change tensors; `None` removes one."""
+    found = load_file(folder / "model.safetensors")
+    found = {
+        k: v
+        for k, v in {**found, **{k.replace("__", "."): v for k, v in changes.items()}}.items()
+        if v is not None
+    }
+    save_file(found, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda at: edit(at, model_type="mambo"), "unknown model_type 'mambo'; did you mean 'mamba'"),
+        (lambda at: edit(at, model_type=None), "names no model_type"),
+        (lambda at: edit(at, model_type=7), "unknown model_type 7"),
+        (lambda at: edit(at, hidden_size="wide"), "hidden_size: .*'wide'"),
+        (
+            lambda at: edit(at, hidden_size=17),
+            r"backbone.embeddings.weight has shape \(24, 16\), expected \(24 .*17\)",
+        ),
+        (lambda at: edit(at, vocab_size=25), r"expected \(25 or more, 16\)"),
+        (lambda at: edit(at, num_hidden_layers=0), "0 layers, expected 1"),
+        (lambda at: edit(at, num_hidden_layers=10**9), "1000000000 layers, expected 1"),
+        (lambda at: edit(at, num_hidden_layers=3), "backbone.layers.2.norm.weight is missing"),
+        (lambda at: edit(at, num_hidden_layers=1), "backbone.layers.1.* belongs to no part of the network"),
+        (lambda at: edit(at, state_size=5), r"A_log has shape \(32, 4\), expected \(32, 5\)"),
+        (lambda at: edit(at, state_size=-1), "d_state"),
+        (lambda at: edit(at, state_size=10**18), "config.json describes no network"),
+        (lambda at: edit(at, time_step_rank=[1]), "time_step_rank"),
+        (lambda at: edit(at, hidden_act="gelu"), "hidden_act"),
+        (lambda at: swap(at, backbone__norm_f__weight=None), "backbone.norm_f.weight is missing"),
+        (lambda at: swap(at, extra=torch.zeros(1)), "extra belongs to no part of the network"),
+        (
+            lambda at: swap(at, backbone__norm_f__weight=torch.zeros(3)),
+            r"norm_f.weight has shape \(3,\), expected \(16,\)",
+        ),
+        (lambda at: swap(at, backbone__norm_f__weight=torch.zeros(16, dtype=torch.int8)), "is of torch.int8"),
+        (
+            lambda at: swap(at, backbone__embeddings__weight=torch.zeros(24, 16, dtype=torch.int64)),
+            "weights of torch.int64",
+        ),
+        (lambda at: swap(at, lm_head__weight=torch.zeros(24, 16)), "lm_head.weight is not the embedding"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path, change, message):
+    mambakit.save(model_of("mamba"), tmp_path / "it")
+    change(tmp_path / "it")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        mambakit.load(tmp_path / "it")
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_padded_vocabulary_and_a_tied_head_that_is_stored_load(tmp_path):
+    model = model_of("mamba")
+    mambakit.save(model, tmp_path / "it")
+    edit(tmp_path / "it", vocab_size=21)
+    swap(tmp_path / "it", lm_head__weight=model.embedding.weight.detach().clone())
+    assert mambakit.load(tmp_path / "it").config.vocab_size == 24
+
+
+def test_an_old_mamba_ssm_config_with_missing_keys_loads(tmp_path):
+    model = model_of("mamba", pattern="3M", mixers={"M": Mamba1Config()})
+    mambakit.save(model, tmp_path / "it", layout="mamba_ssm")
+    (tmp_path / "it" / "config.json").write_text(json.dumps({"d_model": 16, "n_layer": 3, "vocab_size": 19}))
+    tokens = torch.arange(19)[None]
+    assert torch.equal(mambakit.load(tmp_path / "it")(tokens), model(tokens))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ssm_cfg": {"layer": "Mamba1", "d_stat": 4}}, "unknown argument 'd_stat'; did you mean 'd_state'"),
+        ({"ssm_cfg": {"layer": "Mamba9"}}, "of mamba_ssm either"),
+        ({"rms_norm": False}, "rms_norm is False"),
+        ({"attn_layer_idx": [1]}, "attn_layer_idx is"),
+        ({"d_intermediate": 64}, "d_intermediate is 64"),
+    ],
+)
+def test_what_a_mamba_ssm_config_asks_is_never_ignored(tmp_path, changes, message):
+    mambakit.save(model_of("mamba"), tmp_path / "it", layout="mamba_ssm")
+    edit(tmp_path / "it", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        mambakit.load(tmp_path / "it")
+
+
+def test_a_model_of_no_family_is_not_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="no published family describes this network"):
+        mambakit.save(model_of("mamba", pattern="M*"), tmp_path / "it")
+    with pytest.raises(CheckpointError, match="unknown layout 'mamba-ssm'; did you mean 'mamba_ssm'"):
+        mambakit.save(model_of("mamba"), tmp_path / "it", layout="mamba-ssm")
+    assert not (tmp_path / "it").exists()
+
+
+def test_weights_stay_on_the_mapped_file_and_scalars_are_float32(tmp_path):
+    mambakit.save(model_of("mamba2"), tmp_path / "it", dtype=torch.bfloat16)
+    model = mambakit.load(tmp_path / "it")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    assert model.backbone.blocks[0].mixer.A_log.dtype == torch.float32
+    assert all(p.requires_grad for p in model.parameters()) and not model.training
+    assert model.lm_head.weight is model.embedding.weight
+    before = (tmp_path / "it" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+    assert (tmp_path / "it" / "model.safetensors").read_bytes() == before
+
+
+BIG = """
+import resource, sys, torch, mambakit
+mixers = {"M": mambakit.Mamba1Config()}
+config = mambakit.LanguageModelConfig(vocab_size=64, d_model=1024, pattern="6M", mixers=mixers)
+if sys.argv[2] == "save":
+    mambakit.save(mambakit.LanguageModel(config), sys.argv[1])
+else:
+    torch.ones(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = mambakit.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+    total = float(sum(p.double().sum() for p in model.parameters()))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted as Linux does")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_never_holds_two_copies(tmp_path, dtype):
+    def run(what):
+        words = [sys.executable, "-c", BIG, str(tmp_path / "it"), what]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+    run("save")
+    size = (tmp_path / "it" / "model.safetensors").stat().st_size
+    assert size > 150e6
+    assert (
+        int(run(dtype)) * 1024 < {"float32": 1.3, "bfloat16": 1.8}[dtype] * size
+    )  # the mapped file counts too
+
+
+def fuzzed(folder, family, number):
+    """Damage one file of a checkpoint in a way that depends on a number."""
+    chance = random.Random(number)
+    name = chance.choice(["config.json", "model.safetensors", "model.safetensors.index.json"])
+    content = bytearray((folder / name).read_bytes())
+    for _ in range(chance.choice([1, 1, 2, 8])):
+        at = chance.randrange(len(content))
+        if name == "model.safetensors" and chance.random() < 0.8:
+            at = chance.randrange(min(len(content), 2500))  # its header
+        kind = chance.random()
+        if kind < 0.5:
+            content[at] = chance.randrange(256)
+        elif kind < 0.7:
+            del content[at : at + chance.choice([1, 3, 50, len(content)])]
+        elif kind < 0.9:
+            content[at:at] = chance.choice(
+                [b"0", b"99999999999", b"-", b'"', b"[", b"}", b"null", b"\x00", b"1e400"]
+            )
+        else:
+            content[at:at] = content[at // 2 : at]
+        content = content or bytearray(b" ")
+    (folder / name).write_bytes(content)
+    return name
+
+
+def check_fuzzed(tmp_path, numbers):
+    refused, kept = 0, {}
+    for family in MIXERS:
+        mambakit.save(model_of(family), tmp_path / family)
+        with_index = {
+            name: "model.safetensors" for name in load_file(tmp_path / family / "model.safetensors")
+        }
+        index = json.dumps({"weight_map": with_index})
+        (tmp_path / family / "model.safetensors.index.json").write_text(index)
+        kept[family] = {path.name: path.read_bytes() for path in (tmp_path / family).iterdir()}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in numbers:
+        family = list(MIXERS)[number % len(MIXERS)]
+        name = fuzzed(tmp_path / family, family, number)
+        start = time.monotonic()
+        try:
+            mambakit.load(tmp_path / family)
+        except CheckpointError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 2000, (number, error)
+        assert time.monotonic() - start < 20, number
+        (tmp_path / family / name).write_bytes(kept[family][name])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
+    return refused / len(numbers)
+
+
+def test_fuzzed_files_are_refused_in_one_line(tmp_path):
+    assert check_fuzzed(tmp_path, range(300)) > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_thousand_fuzzed_files(tmp_path):
+    assert check_fuzzed(tmp_path, range(10_000)) > 0.5
