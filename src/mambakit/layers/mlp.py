@@ -126,7 +126,12 @@ class GatedMLP(Mixer, config=GatedMLPConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPConfig(GatedMLPConfig, tag="plain_mlp"):
-    """Settings of an MLP without a gate: a gated one's, with other defaults and without `gate_scale`."""
+    """Settings of an MLP without a gate: a gated one's without `gate_scale`, and
+
+    Attributes:
+        expand: Hidden channels per channel of the model, before rounding; four times as many.
+        activation: `silu`, `gelu` or `relu2`, of the hidden channels themselves.
+    """
 
     expand: float = 4
     activation: str = "gelu"
@@ -139,7 +144,12 @@ class MLPConfig(GatedMLPConfig, tag="plain_mlp"):
 
 
 class MLP(GatedMLP, config=MLPConfig):
-    """Two-layer perceptron `out_proj(act(in_proj(x)))`; arguments as for `GatedMLP`."""
+    """Two-layer perceptron `out_proj(act(in_proj(x)))`; arguments as for `GatedMLP`.
+
+    Source:
+        Vaswani et al., "Attention is all you need" (1706.03762), section 3.3; with a squared ReLU: So et al.
+        (2109.08668).
+    """
 
     parts = 1
 

@@ -101,7 +101,7 @@ class MoEConfig(MixerConfig, tag="moe"):
 
 
 class ExpertLinear(nn.Module):
-    """A linear map for each expert: `y_r = weight[e_r] x_r`, rows sorted by expert.
+    """A linear map for each expert: `y_t = weight[e_t] x_t`, tokens sorted by expert.
 
     Args:
         n_experts: Experts `e`.
@@ -128,11 +128,11 @@ class ExpertLinear(nn.Module):
         """Apply each expert to its rows.
 
         Args:
-            x: Rows `(r, d_in)`, those of expert 0 first.
-            counts: How many rows each expert has `(e,)`, integers.
+            x: Tokens `(t, d_in)`, those of expert 0 first.
+            counts: How many tokens each expert has `(e,)`, integers.
 
         Returns:
-            Rows `(r, d_out)`.
+            Tokens `(t, d_out)`.
         """
         weight, kind = self.weight, x.device.type
         if torch.is_autocast_enabled(kind):

@@ -38,6 +38,9 @@ class Adapted(nn.Linear):
     """A linear layer that is more than its weight."""
 
 
+NORMED = Mamba1Config(inner_norm="plain")
+
+
 def adapted(make):
     model = make("mamba1")
     model.backbone.blocks[1].mixer.ssm.x_proj = Adapted(80, 35, bias=False)
