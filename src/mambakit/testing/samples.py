@@ -270,6 +270,7 @@ CASES: tuple[Case, ...] = (
     Case("selective_scan", "published-sizes", _selective_scan(l=70, d=72, n=16), _SCAN),
     Case("selective_scan", "many-states", _selective_scan(b=1, d=3, n=40), _SCAN),
     Case("selective_scan", "one-state-many-channels", _selective_scan(b=1, l=19, d=300, n=1), _SCAN),
+    Case("selective_scan", "odd-sizes", _selective_scan(b=1, l=131, d=70, n=29, g=2), _SCAN),
     Case("selective_scan", "long-packed", _selective_scan(b=1, l=600, d=10, n=16, packed=True), _SCAN),
     Case(
         "selective_scan", "long-slow", _selective_scan(b=1, l=600, d=5, n=8, dt_scale=0.1, slow=True), _SCAN

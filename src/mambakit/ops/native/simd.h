@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -20,6 +21,7 @@
 namespace mambakit {
 
 #define MAMBAKIT_INLINE inline __attribute__((always_inline))
+#define MAMBAKIT_INLINE_BODY __attribute__((always_inline))  // of a lambda, after its parameters
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define MAMBAKIT_AVX512 1
@@ -40,6 +42,18 @@ typedef uint16_t vhalf __attribute__((vector_size(2 * LANES)));
 struct bf16 {
     uint16_t bits;
 };
+
+// Calls body(0), ..., body(N - 1) with constants, so that arrays of vectors which it indexes become registers. (A
+// loop that the compiler unrolls does so too late.)
+template <class Body, int... I>
+MAMBAKIT_INLINE void unrolled(const Body& body, std::integer_sequence<int, I...>) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+
+template <int N, class Body>
+MAMBAKIT_INLINE void unrolled(const Body& body) {
+    unrolled(body, std::make_integer_sequence<int, N>{});
+}
 
 template <class To, class From>
 MAMBAKIT_INLINE To bit_cast(const From& from) {
@@ -209,11 +223,11 @@ MAMBAKIT_INLINE vfloat reciprocal(vfloat v) {
 #endif
 }
 
-// 2^v to 1 unit in the last place, 1 exactly at 0. The integer part goes to the exponent's bits, the rest r
-// (|r| <= 1/2) through 1 + r q(r), q minimax for the relative error of the whole (2e-9) under the constraint.
-MAMBAKIT_INLINE vfloat exp2(vfloat v) {
-    v = at_most(at_least(v, -127.0f), 128.0f);  // the ends give 0 and infinity by the addition below
-    const float magic = 12582912.0f;            // 1.5 * 2^23: adding it rounds to an integer
+// 2^v to 1 unit in the last place, 1 exactly at 0, for -127 <= v <= 128 (there 0 and infinity). The integer part goes
+// to the exponent's bits, the rest r (|r| <= 1/2) through 1 + r q(r), q minimax for the relative error of the whole
+// (2e-9) under the constraint.
+MAMBAKIT_INLINE vfloat exp2_in_range(vfloat v) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     const vfloat shifted = v + magic;
     const vfloat r = v - (shifted - magic);
     vfloat q = 0.00015353361959569156f * r + 0.0013398873852565885f;
@@ -224,6 +238,9 @@ MAMBAKIT_INLINE vfloat exp2(vfloat v) {
     q = q * r + 1.0f;
     return bit_cast<vfloat>(bit_cast<vint>(q) + (bit_cast<vint>(shifted) << 23));
 }
+
+// 2^v for any v.
+MAMBAKIT_INLINE vfloat exp2(vfloat v) { return exp2_in_range(at_most(at_least(v, -127.0f), 128.0f)); }
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -311,6 +328,57 @@ MAMBAKIT_INLINE void transpose(vfloat (&row)[LANES]) {
             if (!(i & 4)) exchange<4>(row[i], row[i + 4]);
     if constexpr (LANES > 8)
         for (int i = 0; i < 8; ++i) exchange<8>(row[i], row[i + 8]);
+}
+
+// Lane i is lane `index[i]` of a and b side by side; the index is a constant.
+MAMBAKIT_INLINE vfloat shuffle(vfloat a, vfloat b, vint index) {
+#if defined(__clang__)
+    vfloat to;
+    for (int i = 0; i < LANES; ++i) to[i] = index[i] < LANES ? a[index[i]] : b[index[i] - LANES];
+    return to;
+#else
+    return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// Sums of neighbours: in each quarter (four lanes) two of a's and two of b's.
+MAMBAKIT_INLINE vfloat neighbour_sums(vfloat a, vfloat b) {
+    vint even;
+    for (int i = 0; i < LANES; ++i) even[i] = (i & ~3) + (i & 2 ? LANES : 0) + 2 * (i & 1);
+    return shuffle(a, b, even) + shuffle(a, b, even + 1);
+}
+
+// Sums of neighbouring quarters: those of a, then those of b.
+MAMBAKIT_INLINE vfloat quarter_sums(vfloat a, vfloat b) {
+    vint even;
+    for (int i = 0; i < LANES; ++i) even[i] = 2 * (i & ~3) + (i & 3);
+    return shuffle(a, b, even) + shuffle(a, b, even + 4);
+}
+
+// to[i] += the sum of row i's lanes, for N = 1, 4 or 8 rows. No shuffle needs an index in a register.
+template <int N>
+MAMBAKIT_INLINE void add_sums(const vfloat (&row)[N], float* to) {
+    if constexpr (N == 1) {
+        *to += sum(row[0]);
+    } else {
+        vfloat four[N / 4];  // every quarter: its share of four sums
+        for (int i = 0; i < N / 4; ++i)
+            four[i] = neighbour_sums(neighbour_sums(row[4 * i], row[4 * i + 1]),
+                                     neighbour_sums(row[4 * i + 2], row[4 * i + 3]));
+        if constexpr (LANES == 4) {
+            for (int i = 0; i < N / 4; ++i) store(to + 4 * i, load(to + 4 * i) + four[i]);
+        } else {
+            vfloat all = quarter_sums(four[0], four[N / 4 - 1]);
+            if constexpr (LANES == 16) all = quarter_sums(all, all);
+#if defined(MAMBAKIT_AVX512)
+            if constexpr (N == 8) {  // a whole smaller vector: a masked store would hold up the loads after it
+                _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), _mm512_castps512_ps256(all)));
+                return;
+            }
+#endif
+            store(to, load(to, N) + all, N);
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------

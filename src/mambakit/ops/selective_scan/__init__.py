@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambakit.ops import shapes
 from mambakit.ops.dispatch import Op
-from mambakit.ops.selective_scan import chunked, cuda, reference
+from mambakit.ops.selective_scan import chunked, cpu, cuda, reference
 
 
 def _flops(x: Tensor, dt: Tensor, A: Tensor, *_: object) -> int:
@@ -30,7 +30,7 @@ def _fake(x: Tensor, dt: Tensor, A: Tensor, *_: object) -> list[Tensor]:
 
 _op = Op(
     "selective_scan",
-    {"cuda": cuda, "chunked": chunked, "reference": reference},
+    {"cpu": cpu, "cuda": cuda, "chunked": chunked, "reference": reference},
     outputs=2,
     fake=_fake,
     flops=_flops,
