@@ -15,7 +15,7 @@ from mambakit.testing.samples import Draw
 pytestmark = pytest.mark.skipif(native.load().library is None, reason=str(native.load().reason))
 
 
-def inputs(dtype=torch.float32, b=1, l=2600, d=3, n=6, g=1, slow=False, packed=False):
+def inputs(dtype=torch.float32, b=1, l=2600, d=3, n=9, g=1, slow=False, packed=False):
     """One strip of channels at any instruction level; 2,600 tokens are cut into chunks that fill no tile."""
     draw = Draw(dtype)
     rates = {"low": -0.02, "high": -0.001} if slow else {"low": -4.0, "high": -0.1}
