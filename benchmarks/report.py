@@ -1,0 +1,291 @@
+"""From JSON lines to a page: report.md with its plots, beside the lines that it was made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots
+from mambakit.testing import timing
+
+Line = dict[str, Any]
+Row = Sequence[str]
+
+CLOCKS = ("graph", "events", "host")
+"""The first of these that a variant was measured with is the one shown."""
+
+
+def newest(results: Path) -> Path:
+    """The newest folder with lines.
+
+    Raises:
+        SystemExit: There is none.
+    """
+    folders = sorted({path.parent for path in results.glob("*/*.jsonl")}, key=lambda f: f.name)
+    if not folders:
+        raise SystemExit(f"no results in {results}; python -m benchmarks run operators makes some")
+    return folders[-1]
+
+
+def read(folder: Path) -> list[Line]:
+    """The lines of a folder; of work that was measured again the newest run's only.
+
+    Raises:
+        SystemExit: There are none.
+    """
+    lines = [
+        json.loads(line)
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    if not lines:
+        raise SystemExit(f"no results in {folder}")
+    last: dict[tuple[str, str, str], str] = {}
+    for line in lines:
+        key = _key(line)
+        last[key] = max(line["date"], last.get(key, ""))
+    return [line for line in lines if line["date"] == last[_key(line)]]
+
+
+def render(folder: Path) -> Path:
+    """Write the report of a folder.
+
+    Args:
+        folder: With files of JSON lines.
+
+    Returns:
+        The path of report.md.
+    """
+    lines = read(folder)
+    parts = [_head(lines), _peers(lines)]
+    for suite, title in (("operators", "Operators"), ("modules", "Modules"), ("models", "Models")):
+        if mine := [line for line in lines if line["suite"] == suite]:
+            parts += [f"## {title}", _results(mine)]
+            if suite == "models":
+                parts += plots.throughput(mine, folder)
+    if mine := [line for line in lines if line["suite"] == "scaling"]:
+        parts += _scaling(mine, folder)
+    parts += _left_out(lines)
+    path = folder / "report.md"
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return path
+
+
+def measured(lines: Iterable[Line]) -> list[Line]:
+    """One line for each variant of each case: that of the clock which shows the device's own time."""
+    best: dict[tuple[str, str, str], Line] = {}
+    for line in lines:
+        if line["status"] == "measured":
+            kept = best.get(_key(line))
+            if kept is None or CLOCKS.index(line["clock"]) < CLOCKS.index(kept["clock"]):
+                best[_key(line)] = line
+    return list(best.values())
+
+
+def _key(line: Line) -> tuple[str, str, str]:
+    return line["suite"], line["name"], line["variant"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Parts of the page
+
+
+def _head(lines: Sequence[Line]) -> str:
+    one = lines[-1]
+    dates = sorted({line["date"][:10] for line in lines})
+    commits = sorted({str(line["commit"])[:12] for line in lines})
+    loads = [line["load"] for line in lines if line.get("load") is not None]
+    toy = (
+        "\n\n**Toy sizes: this shows that the suites run, not how fast anything is.**" if one["quick"] else ""
+    )
+    rows = [
+        ("date", ", ".join(dates)),
+        ("device", one.get("gpu") or f"{one['cpu']}, {one['cores']} cores, {one['threads']} threads"),
+        ("commit", ", ".join(commits)),
+        ("versions", ", ".join(f"{name} {v}" for name, v in _own_versions(one).items())),
+    ]
+    if loads and not one.get("gpu"):
+        busy = max(loads) > 1.5 * one["cores"]
+        said = "; other programs wanted the same cores, so trust ratios and processor times" if busy else ""
+        rows.append(("load average", f"{min(loads):.1f} to {max(loads):.1f}{said}"))
+    for dtype, limits in sorted(
+        {line["dtype"]: line["ceilings"] for line in lines if "ceilings" in line}.items()
+    ):
+        reach = f"copies {limits['copy'] / 1e9:.4g} GB/s, multiplies {limits['matmul'] / 1e12:.4g} TFLOP/s"
+        rows.append((f"limits, {dtype}", reach))
+    return "\n".join(
+        [f"# Benchmarks of {dates[-1]} on {one['device']}{toy}", "", _table(("", ""), rows), "", _HOW]
+    )
+
+
+_HOW = r"""\ Every variant was checked before it was timed (`error`: largest relative error of outputs and
+gradients, against the float64 reference on a small case and the plain backend at full size). Variants took
+turns in one process; medians of the turns, quartiles in brackets. `against` is how many times as long as the
+first variant, turn by turn. `roofline` is the share of what the limits above allow for the bytes that must
+move and the operations of the formula. Processor time is that of all threads."""
+
+
+def _own_versions(line: Line) -> Mapping[str, str]:
+    return {name: v for name, v in line["versions"].items() if name in ("mambakit", "python", "torch")}
+
+
+def _peers(lines: Sequence[Line]) -> str:
+    own = _own_versions(lines[-1])
+    rows = [
+        (name, version or "not installed: not compared with")
+        for name, version in lines[-1]["versions"].items()
+        if name not in own and name not in ("numpy", "safetensors")
+    ]
+    return _table(("peer", "version"), rows)
+
+
+def _results(lines: Sequence[Line]) -> str:
+    """One row per variant, grouped by case."""
+    launched = {_key(line): line["median"] for line in lines if line.get("clock") == "events"}
+    on_gpu = any(line.get("clock") == "graph" for line in lines)
+    extra = "with launches" if on_gpu else "processor time"
+    head = ("work", "variant", "median", extra, "tokens/s", "against", "roofline", "error")
+    rows, before = [], None
+    for line in measured(lines):
+        other = launched.get(_key(line)) if on_gpu else line["cpu_seconds"]
+        over = line.get("over")
+        memory = f", {line['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in line else ""
+        rows.append(
+            (
+                line["name"] if line["name"] != before else "",
+                line["variant"] + memory,
+                f"{_time(line['median'])} ({_time(line['lower'])} to {_time(line['upper'])})",
+                "" if other is None else _time(other),
+                _count(line["tokens"] / line["median"]) if line["tokens"] else "",
+                f"{over['median']:.2f} ({over['lower']:.2f} to {over['upper']:.2f})" if over else "1",
+                _share(line),
+                f"{line['error']:.1g}",
+            )
+        )
+        before = line["name"]
+    return _table(head, rows)
+
+
+def _scaling(lines: Sequence[Line], folder: Path) -> list[str]:
+    parts = ["## Time against length"]
+    shown = measured(lines)
+    for backward in (False, True):
+        mine = [line for line in shown if line["at"].get("backward") is backward]
+        if mine:
+            parts += [f"### {'With gradients' if backward else 'Forward'}", _by_length(mine, "length")]
+            parts += [_slopes(mine), _crossovers(mine)]
+    parts += plots.time_against_length(shown, folder)
+    if mine := [line for line in shown if "context" in line["at"]]:
+        parts += ["## Decoding against context", _by_length(mine, "context")]
+        parts += ["Bytes of the state of one sequence:", _by_length(mine, "context", "state_bytes")]
+        parts += plots.decoding(mine, folder)
+    return parts
+
+
+def curves(lines: Iterable[Line], axis: str, value: str = "median") -> dict[str, dict[int, float]]:
+    """Variant -> place on the axis -> value, as measured."""
+    found: dict[str, dict[int, float]] = {}
+    for line in lines:
+        if axis in line["at"] and value in line:
+            found.setdefault(_short(line["variant"]), {})[line["at"][axis]] = line[value]
+    return {name: dict(sorted(points.items())) for name, points in found.items()}
+
+
+def _short(variant: str) -> str:
+    return variant.removeprefix("mambakit ")
+
+
+def _by_length(lines: Sequence[Line], axis: str, value: str = "median") -> str:
+    found = curves(lines, axis, value)
+    places = sorted({place for points in found.values() for place in points})
+    write = _time if value == "median" else _bytes
+    rows = [
+        (f"{place:,}", *(write(points[place]) if place in points else "" for points in found.values()))
+        for place in places
+    ]
+    return _table((axis, *found), rows)
+
+
+def _slopes(lines: Sequence[Line]) -> str:
+    """Slope over the whole range and its upper half, which launches and caches do not bend."""
+    found, processor = curves(lines, "length"), curves(lines, "length", "cpu_seconds")
+    rows = []
+    for name, points in found.items():
+        half = {k: v for k, v in points.items() if k * k >= min(points) * max(points)}
+        if len(half) > 1:
+            cpu = [processor[name][k] for k in points]
+            row = (points, points.values()), (half, half.values()), (points, cpu)
+            rows.append((name, *(f"{timing.slope(list(x), list(y)):.2f}" for x, y in row)))
+    if not rows:
+        return ""
+    return "Slope of log time against log length (1 is linear, 2 quadratic):\n\n" + _table(
+        ("", "all lengths", "longer half", "processor time"), rows
+    )
+
+
+def _crossovers(lines: Sequence[Line]) -> str:
+    """From which length on each scan is faster than attention."""
+    found = curves(lines, "length")
+    rival = next((points for name, points in found.items() if name.startswith("attention")), None)
+    if rival is None:
+        return ""
+    said = []
+    for name, points in found.items():
+        shared = sorted(points.keys() & rival.keys())
+        if name.startswith("attention") or not shared:
+            continue
+        both = [points[k] for k in shared], [rival[k] for k in shared]
+        said.append(f"- {name}: {timing.crossover_in_words(shared, *both)}")
+    return "\n".join(said)
+
+
+def _left_out(lines: Sequence[Line]) -> list[str]:
+    """What was not measured, by reason."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for line in lines:
+        if line["status"] != "measured":
+            key = line["status"], line["variant"] or "everything", line.get("reason", "")
+            groups.setdefault(key, []).append(line["name"])
+    rows = [
+        (status, variant, reason, names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more")
+        for (status, variant, reason), names in sorted(groups.items())
+    ]
+    return ["## Not measured", _table(("", "variant", "why", "work"), rows)] if rows else []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Words
+
+
+def _table(head: Row, rows: Iterable[Row]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale or unit == "us":
+            return (
+                f"{seconds / scale:.3g} {unit}" if seconds < 100 * scale else f"{seconds / scale:.0f} {unit}"
+            )
+    raise AssertionError
+
+
+def _count(value: float) -> str:
+    for unit, scale in (("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def _bytes(value: float) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= scale:
+            return f"{value / scale:.4g} {unit}"
+    return f"{value:.0f} B"
+
+
+def _share(line: Line) -> str:
+    return f"{100 * line['share']:.0f}%" if line["bytes"] or line["flops"] else ""
