@@ -179,7 +179,7 @@ def _ready(
         return Ready(speakers.reading(speaker, tokens[:, :-1]), error)
     if work.verb == "write":
         error = speakers.check_writing(name, speaker, model, bound)
-        return Ready(speakers.writing(speaker, work.batch, bench.device), error)
+        return Ready(speakers.writing(speaker.decoder(work.batch), work.batch, bench.device), error)
     error = speakers.check_learning(name, speaker, model)
     if isinstance(speaker, Ours):  # a training step changes the weights, which others are to be given
         speaker = Ours(_copy(model), speaker.backend)

@@ -60,9 +60,13 @@ class Ours:
             state = self.module.init_state(len(tokens), max_length=tokens.shape[1])
             return self.module.lm_head(self.module.features(tokens, state)[:, -1])
 
-    def decoder(self, batch: int) -> Step:
-        """See `Speaker.decoder`."""
-        state = self.module.init_state(batch, max_length=256)
+    def decoder(self, batch: int, prompt: Tensor | None = None) -> Step:
+        """See `Speaker.decoder`; with prompts `(b, l)`, begin after them."""
+        length = 0 if prompt is None else prompt.shape[1]
+        state = self.module.init_state(batch, max_length=length + 256)
+        if prompt is not None:
+            with torch.no_grad(), ops.backend(self.backend):
+                self.module.features(prompt, state)
 
         def step(token: Tensor) -> Tensor:
             with ops.backend(self.backend):
@@ -92,10 +96,9 @@ def reading(speaker: Speaker, tokens: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def writing(speaker: Speaker, batch: int, device: torch.device) -> Callable[[], Tensor]:
+def writing(step: Step, batch: int, device: torch.device) -> Callable[[], Tensor]:
     """One call writes the likeliest next token of each row, on and on."""
     token = torch.zeros(batch, dtype=torch.int64, device=device)
-    step = speaker.decoder(batch)
 
     def run() -> Tensor:
         with torch.no_grad():
