@@ -110,6 +110,9 @@ def _head(lines: Sequence[Line]) -> str:
         busy = max(loads) > 1.5 * one["cores"]
         said = "; other programs wanted the same cores, so trust ratios and processor times" if busy else ""
         rows.append(("load average", f"{min(loads):.1f} to {max(loads):.1f}{said}"))
+    if clocks := [line for line in lines if "sm_mhz" in line]:
+        seen = [line["sm_mhz"] for line in clocks]
+        rows.append(("clock", f"{min(seen):.0f} to {max(seen):.0f} of {clocks[0]['sm_mhz_max']:.0f} MHz"))
     for dtype, limits in sorted(
         {line["dtype"]: line["ceilings"] for line in lines if "ceilings" in line}.items()
     ):

@@ -14,6 +14,7 @@ import datetime
 import gc
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks import peers
 from mambakit.testing import timing
-from mambakit.testing.checks import WrongResultError
+from mambakit.testing.checks import WrongResultError, check_backend
 from mambakit.training import summary
 
 RESULTS = Path(__file__).parent / "results"
@@ -134,6 +135,7 @@ class Bench:
         if self.quick:
             self.seconds = min(self.seconds, 0.02)
         self._ceilings: dict[torch.dtype, timing.Ceilings] = {}
+        self._errors: dict[tuple[str, str, torch.dtype], float] = {}
         self.environment = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "commit": self.commit or summary.commit(),
@@ -154,6 +156,13 @@ class Bench:
             made = {"seconds": 0.02, "scale": 2**-6} if self.quick else {"seconds": 0.5}
             self._ceilings[dtype] = timing.Ceilings.measure(self.device, dtype, **made)
         return self._ceilings[dtype]
+
+    def check(self, op: str, backend: str, dtype: torch.dtype) -> float:
+        """Error of a backend against the float64 reference, computed once per run; see `check_backend`."""
+        key = op, backend, dtype
+        if key not in self._errors:
+            self._errors[key] = check_backend(op, backend, dtype, self.device)
+        return self._errors[key]
 
     def found(self, suite: str, variant: str, **at: Any) -> dict[str, Any] | None:
         """The first line of a variant at some size in this run."""
@@ -283,7 +292,7 @@ def _take_turns(
                 share=ceilings.floor(moved, flops) / timed.seconds.median,
                 tokens=opened.tokens,
                 ceilings=dataclasses.asdict(ceilings),
-                load=_load(),
+                **_condition(bench.device),
                 **facts,
             )
 
@@ -309,9 +318,22 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _load() -> float | None:
-    """Processes that want a processor, averaged over a minute: how busy the machine was."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+def _condition(device: torch.device) -> dict[str, float]:
+    """How the machine is just now: processes that want a processor (a minute's mean), and the GPU's clock.
+
+    A GPU that is hot or at its power limit lowers its clock: megahertz now and at most, watts, Celsius.
+    """
+    found = {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
+    if device.type == "cuda":
+        card = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+        asked = "--query-gpu=clocks.sm,clocks.max.sm,power.draw,temperature.gpu"
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            said = subprocess.check_output(
+                ["nvidia-smi", card, asked, "--format=csv,noheader,nounits"], text=True, timeout=10
+            )
+            numbers = [float(word) for word in said.split(",")]
+            found |= zip(("sm_mhz", "sm_mhz_max", "watts", "celsius"), numbers, strict=True)
+    return found
 
 
 def _said(error: Exception) -> str:

@@ -15,7 +15,6 @@ from benchmarks import peers
 from benchmarks.runner import Bench, Case, Opened, Ready
 from benchmarks.suites import OURS
 from mambakit.testing import workloads
-from mambakit.testing.checks import check_backend
 from mambakit.testing.workloads import Call, Workload
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -79,7 +78,7 @@ def _open(bench: Bench, work: Workload, dtype: torch.dtype, backward: bool) -> O
         return Ready(lambda: call.run(theirs), error)
 
     def ours(backend: str) -> Ready:
-        small = check_backend(work.op, backend, dtype, bench.device)
+        small = bench.check(work.op, backend, dtype)
         checked = ready(f"{work.op}, backend {backend}", lambda: work.call(inputs, backend))
         return Ready(checked.run, max(small, checked.error))
 

@@ -22,7 +22,6 @@ from mambakit import LanguageModel, LanguageModelConfig, Mamba1Config
 from mambakit.layers.attention import AttentionConfig
 from mambakit.layers.mixer import State
 from mambakit.testing import speakers, workloads
-from mambakit.testing.checks import check_backend
 from mambakit.testing.workloads import Workload
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -98,7 +97,7 @@ def _operator(
         expected = (4 if work.op == "attention" else 2) * before["median"]
         if expected > (limit := MOST_SECONDS[bench.device.type]):
             raise DeclinedError(f"would take about {expected:.0f} s; none is given more than {limit:g} s")
-    error = check_backend(work.op, backend, dtype, bench.device)
+    error = bench.check(work.op, backend, dtype)
     inputs = work.inputs(dtype, bench.device)
     call = work.call(inputs, backend)
     if length <= 2 * PIECE:
@@ -121,7 +120,7 @@ class _Decoders:
 
     def __init__(self, bench: Bench, dtype: torch.dtype) -> None:
         self.bench, self.dtype = bench, dtype
-        self.models: dict[str, LanguageModel] = {}
+        self.models: dict[str, tuple[LanguageModel, float]] = {}  # with the error that its check found
         self.states: dict[str, tuple[int, State]] = {}
         self.reading: dict[str, float] = {}  # seconds from one context to the next
 
@@ -136,7 +135,7 @@ class _Decoders:
             sizes = {"d_model": 32, "layers": 1} if self.bench.quick else DECODER[self.bench.device.type]
             heads = max(1, sizes["d_model"] // HEAD)
             torch.manual_seed(0)
-            self.models[kind] = LanguageModel(
+            model = LanguageModel(
                 LanguageModelConfig(
                     vocab_size=256,
                     d_model=sizes["d_model"],
@@ -146,8 +145,9 @@ class _Decoders:
                 device=self.bench.device,
                 dtype=self.dtype,
             ).eval()
-        model = self.models[kind]
-        return model, speakers.check_writing(f"decoding of {kind}", speakers.Ours(model), model)
+            error = speakers.check_writing(f"decoding of {kind}", speakers.Ours(model), model)
+            self.models[kind] = model, error
+        return self.models[kind]
 
     def _scan(self, kind: str, context: int) -> Ready:
         model, error = self._model(kind)

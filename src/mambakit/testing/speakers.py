@@ -137,20 +137,17 @@ def prompt(model: LanguageModel, batch: int = 1) -> Tensor:
     return drawn.to(model.embedding.weight.device)
 
 
-def truth(model: LanguageModel) -> dict[str, Tensor]:
-    """Logits after the prompt and loss over it, with the reference of every operator."""
-    tokens = prompt(model)
-    right = Ours(model, "reference")
-    with torch.no_grad():
-        loss = right.loss(tokens, tokens.roll(-1, 1))
-        return {"logits": right.read(tokens).float(), "loss": loss.float()}
-
-
 def check_reading(name: str, speaker: Speaker, model: LanguageModel, bound: float | None = None) -> float:
-    """Compare logits after a prompt; see `checks.check_same` for what is returned and raised."""
+    """Compare logits after a prompt; see `checks.check_same` for what is returned and raised.
+
+    Args:
+        name: Of the speaker, for the message.
+        speaker: With the model's weights.
+        model: Ours, which says what is right.
+        bound: Largest relative error; by default that of the model's type.
+    """
     with torch.no_grad():
-        found = speaker.read(prompt(model)).float()
-    return check_same(name, {"logits": found}, {"logits": truth(model)["logits"]}, bound or _bound(model))
+        return _check_logits(name, speaker.read(prompt(model)), model, bound)
 
 
 def check_writing(name: str, speaker: Speaker, model: LanguageModel, bound: float | None = None) -> float:
@@ -159,17 +156,25 @@ def check_writing(name: str, speaker: Speaker, model: LanguageModel, bound: floa
     with torch.no_grad():
         for token in prompt(model).unbind(1):
             found = step(token)
-    return check_same(
-        name, {"logits": found.float()}, {"logits": truth(model)["logits"]}, bound or _bound(model)
-    )
+        return _check_logits(name, found, model, bound)
 
 
 def check_learning(name: str, speaker: Speaker, model: LanguageModel) -> float:
     """Compare the loss."""
     tokens = prompt(model)
     with torch.no_grad():
-        found = speaker.loss(tokens, tokens.roll(-1, 1)).float()
-    return check_same(name, {"loss": found}, {"loss": truth(model)["loss"]}, _bound(model))
+        found, right = (s.loss(tokens, tokens.roll(-1, 1)).float() for s in (speaker, _right(model)))
+    return check_same(name, {"loss": found}, {"loss": right}, _bound(model))
+
+
+def _check_logits(name: str, found: Tensor, model: LanguageModel, bound: float | None) -> float:
+    right = _right(model).read(prompt(model)).float()
+    return check_same(name, {"logits": found.float()}, {"logits": right}, bound or _bound(model))
+
+
+def _right(model: LanguageModel) -> Ours:
+    """The model with the reference of every operator."""
+    return Ours(model, "reference")
 
 
 def _bound(model: LanguageModel) -> float:

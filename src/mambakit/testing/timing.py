@@ -8,8 +8,9 @@ work would take at those rates is its floor, and floor / time is its share of th
 "Roofline", 2009).
 
 Three clocks: the host's for CPUs (wall time, and the processor time of all threads, which neighbours disturb
-less), CUDA events around many launches, and a replayed CUDA graph, without which the launches of small
-kernels hide their run time.
+less); CUDA events around calls as a program makes them, launches included; and a replayed CUDA graph, the
+kernels' own time, from memory and not from the level-2 cache, which is filled with other data before each
+call as in Triton's `do_bench`. What a process holds in a CPU's caches from call to call is left there.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ Run = Callable[[], Any]
 
 MOST_CALLS = 10_000
 """Of a short variant within one turn."""
-MOST_RECORDED = 16
-"""Calls recorded in one CUDA graph, each of which may hold memory of its own."""
+FLUSH = 2**28
+"""Bytes written before a call that is to find nothing in the level-2 cache, more than any GPU's holds."""
 
 
 class Spread(NamedTuple):
@@ -101,7 +102,6 @@ class Clock(Protocol):
     """Measures calls of some work on one device."""
 
     name: str
-    most_calls: int
 
     def ready(self, run: Run, calls: int) -> Callable[[], Sample]:
         """Prepare `calls` calls; each call of what is returned makes them and gives the time of one."""
@@ -111,7 +111,6 @@ class HostClock:
     """Wall and processor time, for work that is done when the call returns."""
 
     name = "host"
-    most_calls = MOST_CALLS
 
     def ready(self, run: Run, calls: int) -> Callable[[], Sample]:
         """See `Clock.ready`."""
@@ -126,10 +125,9 @@ class HostClock:
 
 
 class EventClock:
-    """Time between two CUDA events, launches included."""
+    """Time between two CUDA events around all calls, launches included."""
 
     name = "events"
-    most_calls = MOST_CALLS
 
     def ready(self, run: Run, calls: int) -> Callable[[], Sample]:
         """See `Clock.ready`."""
@@ -138,41 +136,63 @@ class EventClock:
             for _ in range(calls):
                 run()
 
-        return lambda: _between_events(several, calls)
+        def sample() -> Sample:
+            torch.cuda.synchronize()
+            cpu = time.process_time()
+            start, end = _around(several)
+            torch.cuda.synchronize()
+            return Sample(start.elapsed_time(end) / 1e3 / calls, (time.process_time() - cpu) / calls)
+
+        return sample
 
 
 class GraphClock:
-    """Time of a recorded CUDA graph: the kernels one after the other, without their launches."""
+    """Time of the kernels alone, out of a cold cache: each call is a CUDA graph between two events.
+
+    Writing `FLUSH` bytes before takes the GPU longer than the host needs for the launch, so that the GPU
+    never waits for it.
+    """
 
     name = "graph"
-    most_calls = MOST_RECORDED
 
     def ready(self, run: Run, calls: int) -> Callable[[], Sample]:
         """See `Clock.ready`; what `run` makes is kept for the life of what is returned."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries make what they keep before the recording
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # a recording has memory of its own, which cannot use what was kept before
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        graph, flushed = _recorded(run), torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+
+        def sample() -> Sample:
+            torch.cuda.synchronize()
+            cpu, pairs = time.process_time(), []
             for _ in range(calls):
-                run()
-        return lambda: _between_events(graph.replay, calls)
+                flushed.zero_()
+                pairs.append(_around(graph.replay))
+            torch.cuda.synchronize()
+            seconds = sum(start.elapsed_time(end) for start, end in pairs) / 1e3
+            return Sample(seconds / calls, (time.process_time() - cpu) / calls)
+
+        return sample
 
 
-def _between_events(work: Callable[[], None], calls: int) -> Sample:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def _recorded(run: Run) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries make what they keep before the recording
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    cpu = time.process_time()
+    torch.cuda.empty_cache()  # a recording has memory of its own, which cannot use what was kept before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph
+
+
+def _around(work: Callable[[], None]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     work()
     end.record()
-    torch.cuda.synchronize()
-    return Sample(start.elapsed_time(end) / 1e3 / calls, (time.process_time() - cpu) / calls)
+    return start, end
 
 
 def clocks(device: torch.device) -> tuple[Clock, ...]:
@@ -241,7 +261,7 @@ def _calls(run: Run, clock: Clock, seconds: float, least: float) -> int:
     once = (EventClock() if isinstance(clock, GraphClock) else clock).ready(run, 1)
     if once().seconds >= seconds:  # too slow to be called once more than needed
         return 1
-    return min(max(1, math.ceil(least / max(once().seconds, 1e-9))), clock.most_calls)
+    return min(max(1, math.ceil(least / max(once().seconds, 1e-9))), MOST_CALLS)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -376,7 +396,7 @@ def crossover_in_words(lengths: Sequence[float], seconds: Sequence[float], other
     """`crossover` as the end of a sentence that begins with what is to become faster than attention."""
     length = crossover(lengths, seconds, others)
     if length is None:
-        return f"slower than attention up to {lengths[-1]:,} tokens, the longest measured"
+        return f"slower than attention at {lengths[-1]:,} tokens, the longest measured"
     if length == lengths[0]:
-        return f"faster than attention from the shortest length measured on, {lengths[0]:,} tokens"
+        return f"faster than attention at every length measured, {lengths[0]:,} to {lengths[-1]:,} tokens"
     return f"faster than attention from about {length:,.0f} tokens on, slower below"
