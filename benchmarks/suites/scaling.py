@@ -42,7 +42,7 @@ LETTERS = {"mamba1": "S", "mamba2": "M", "attention": "*"}
 def cases(bench: Bench) -> Iterator[Case]:
     """Operators by length, forward and with gradients; then decoding by context."""
     kind = bench.device.type
-    lengths = [2**k for k in (range(6, 10) if bench.quick else range(10, 21))]
+    lengths = [2**k for k in (range(5, 8) if bench.quick else range(10, 21))]
     dtype = BF16 if kind == "cuda" else F32
     for backward in (False, True):
         for length in lengths:
