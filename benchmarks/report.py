@@ -113,21 +113,30 @@ def _head(lines: Sequence[Line]) -> str:
     if clocks := [line for line in lines if "sm_mhz" in line]:
         seen = [line["sm_mhz"] for line in clocks]
         rows.append(("clock", f"{min(seen):.0f} to {max(seen):.0f} of {clocks[0]['sm_mhz_max']:.0f} MHz"))
-    for dtype, limits in sorted(
-        {line["dtype"]: line["ceilings"] for line in lines if "ceilings" in line}.items()
-    ):
-        reach = f"copies {limits['copy'] / 1e9:.4g} GB/s, multiplies {limits['matmul'] / 1e12:.4g} TFLOP/s"
+    for dtype, best in sorted(_limits(lines).items()):
+        reach = f"copies {best.copy / 1e9:.4g} GB/s, multiplies {best.matmul / 1e12:.4g} TFLOP/s"
         rows.append((f"limits, {dtype}", reach))
     return "\n".join(
         [f"# Benchmarks of {dates[-1]} on {one['device']}{toy}", "", _table(("", ""), rows), "", _HOW]
     )
 
 
-_HOW = r"""\ Every variant was checked before it was timed (`error`: largest relative error of outputs and
-gradients, against the float64 reference on a small case and the plain backend at full size). Variants took
-turns in one process; medians of the turns, quartiles in brackets. `against` is how many times as long as the
-first variant, turn by turn. `roofline` is the share of what the limits above allow for the bytes that must
-move and the operations of the formula. Processor time is that of all threads."""
+_HOW = """Every variant was checked before it was timed (`error`: largest relative error of outputs and gradients,
+against the float64 reference on a small case and the plain backend at full size). Variants took turns in one
+process; medians of the turns, quartiles in brackets. `against` is how many times as long as the first variant,
+turn by turn. `roofline` is the share of what the limits above allow for the bytes that must move and the
+operations of the formula; it exceeds 100% where data stayed in a cache, or an algorithm needs fewer operations.
+Processor time is that of all threads."""
+
+
+def _limits(lines: Iterable[Line]) -> dict[str, timing.Ceilings]:
+    """Type -> the best that the machine showed at any time, which earlier lines did not know yet."""
+    found: dict[str, timing.Ceilings] = {}
+    for line in lines:
+        if "ceilings" in line:
+            seen = timing.Ceilings(**line["ceilings"])
+            found[line["dtype"]] = seen.or_better(found.get(line["dtype"], seen))
+    return found
 
 
 def _own_versions(line: Line) -> Mapping[str, str]:
@@ -150,7 +159,7 @@ def _results(lines: Sequence[Line]) -> str:
     on_gpu = any(line.get("clock") == "graph" for line in lines)
     extra = "with launches" if on_gpu else "processor time"
     head = ("work", "variant", "median", extra, "tokens/s", "against", "roofline", "error")
-    rows, before = [], None
+    rows, before, limits = [], None, _limits(lines)
     for line in measured(lines):
         other = launched.get(_key(line)) if on_gpu else line["cpu_seconds"]
         over = line.get("over")
@@ -163,7 +172,7 @@ def _results(lines: Sequence[Line]) -> str:
                 "" if other is None else _time(other),
                 _count(line["tokens"] / line["median"]) if line["tokens"] else "",
                 f"{over['median']:.2f} ({over['lower']:.2f} to {over['upper']:.2f})" if over else "1",
-                _share(line),
+                _share(line, limits[line["dtype"]]),
                 f"{line['error']:.1g}",
             )
         )
@@ -290,5 +299,6 @@ def _bytes(value: float) -> str:
     return f"{value:.0f} B"
 
 
-def _share(line: Line) -> str:
-    return f"{100 * line['share']:.0f}%" if line["bytes"] or line["flops"] else ""
+def _share(line: Line, limits: timing.Ceilings) -> str:
+    share = limits.floor(line["bytes"], line["flops"]) / line["median"]
+    return f"{100 * share:.{0 if share > 0.1 else 1}f}%" if share else ""

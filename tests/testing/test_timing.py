@@ -124,6 +124,7 @@ def test_the_floor_is_the_longer_of_memory_and_arithmetic():
     limits = Ceilings(copy=10.0, matmul=100.0)
     assert limits.floor(moved=20.0, flops=50.0) == 2.0
     assert limits.floor(moved=1.0, flops=1000.0) == 10.0
+    assert limits.or_better(Ceilings(copy=20.0, matmul=50.0)) == Ceilings(copy=20.0, matmul=100.0)
 
 
 def test_limits_are_the_fastest_turns_of_a_copy_and_a_product(monkeypatch):

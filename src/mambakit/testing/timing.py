@@ -315,6 +315,10 @@ class Ceilings:
         best = {name: min(s.seconds for s in timing.samples.values()) for name, timing in found.items()}
         return cls(2 * length / best["copy"], 2 * side**3 / best["matmul"])
 
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The higher one of each of two measurements."""
+        return Ceilings(max(self.copy, other.copy), max(self.matmul, other.matmul))
+
     def floor(self, moved: float, flops: float) -> float:
         """Least seconds for work that moves so many bytes and does so many operations.
 
