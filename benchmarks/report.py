@@ -116,17 +116,16 @@ def _head(lines: Sequence[Line]) -> str:
     for dtype, best in sorted(_limits(lines).items()):
         reach = f"copies {best.copy / 1e9:.4g} GB/s, multiplies {best.matmul / 1e12:.4g} TFLOP/s"
         rows.append((f"limits, {dtype}", reach))
-    return "\n".join(
-        [f"# Benchmarks of {dates[-1]} on {one['device']}{toy}", "", _table(("", ""), rows), "", _HOW]
-    )
+    title = f"# Benchmarks of {dates[-1]} on {one.get('gpu') or one['cpu']}{toy}"
+    return "\n".join([title, "", _table(("", ""), rows), "", _HOW])
 
 
-_HOW = """Every variant was checked before it was timed (`error`: largest relative error of outputs and gradients,
-against the float64 reference on a small case and the plain backend at full size). Variants took turns in one
-process; medians of the turns, quartiles in brackets. `against` is how many times as long as the first variant,
-turn by turn. `roofline` is the share of what the limits above allow for the bytes that must move and the
-operations of the formula; it exceeds 100% where data stayed in a cache, or an algorithm needs fewer operations.
-Processor time is that of all threads."""
+_HOW = """Every variant was checked before it was timed (`error`: largest relative error of outputs and
+gradients, against the float64 reference on a small case and the plain backend at full size). Variants took
+turns in one process; medians of the turns, quartiles in brackets. `times as long` compares with the first
+variant, turn by turn. `roofline` is the share of what the limits above allow for the bytes that must move and
+the operations of the formula; it exceeds 100% where data stayed in a cache, or where an algorithm needs fewer
+operations. Processor time is that of all threads."""
 
 
 def _limits(lines: Iterable[Line]) -> dict[str, timing.Ceilings]:
@@ -158,7 +157,7 @@ def _results(lines: Sequence[Line]) -> str:
     launched = {_key(line): line["median"] for line in lines if line.get("clock") == "events"}
     on_gpu = any(line.get("clock") == "graph" for line in lines)
     extra = "with launches" if on_gpu else "processor time"
-    head = ("work", "variant", "median", extra, "tokens/s", "against", "roofline", "error")
+    head = ("work", "variant", "median", extra, "tokens/s", "times as long", "roofline", "error")
     rows, before, limits = [], None, _limits(lines)
     for line in measured(lines):
         other = launched.get(_key(line)) if on_gpu else line["cpu_seconds"]
@@ -168,7 +167,7 @@ def _results(lines: Sequence[Line]) -> str:
             (
                 line["name"] if line["name"] != before else "",
                 line["variant"] + memory,
-                f"{_time(line['median'])} ({_time(line['lower'])} to {_time(line['upper'])})",
+                f"{_time(line['median'])} ({_quartiles(line)})",
                 "" if other is None else _time(other),
                 _count(line["tokens"] / line["median"]) if line["tokens"] else "",
                 f"{over['median']:.2f} ({over['lower']:.2f} to {over['upper']:.2f})" if over else "1",
@@ -283,6 +282,10 @@ def _time(seconds: float) -> str:
                 f"{seconds / scale:.3g} {unit}" if seconds < 100 * scale else f"{seconds / scale:.0f} {unit}"
             )
     raise AssertionError
+
+
+def _quartiles(line: Line) -> str:
+    return f"{_time(line['lower'])} to {_time(line['upper'])}" if line["runs"] > 1 else "once"
 
 
 def _count(value: float) -> str:

@@ -43,7 +43,7 @@ def measured(suite, name, variant, median, **facts):
         "runs": 5,
         "calls": 1,
         "error": 3e-7,
-        "bytes": 1e6,
+        "bytes": 5e6,
         "flops": 1e6,
         "share": 0.125,
         "tokens": 1000,
@@ -70,22 +70,24 @@ def test_a_table_has_medians_ratios_and_what_is_missing(tmp_path):
         tmp_path,
         [
             measured("operators", "scan", "mambakit cpu", 0.002),
+            # Measured while something else slowed the machine down: the better limits count for all.
             measured(
                 "operators",
                 "scan",
                 "transformers",
                 0.11,
+                ceilings={"copy": 1e10, "matmul": 1e11},
                 over={"variant": "mambakit cpu", "lower": 50.0, "median": 55.0, "upper": 61.5},
             ),
             missing,
         ],
     )
-    assert "# Benchmarks of 2026-01-02 on cpu" in page
+    assert "# Benchmarks of 2026-01-02 on a processor" in page
     assert "a processor, 2 cores, 2 threads" in page
     assert "0123456789ab" in page
     assert "copies 20 GB/s, multiplies 0.15 TFLOP/s" in page
     assert "| scan | mambakit cpu | 2 ms (1.8 ms to 2.4 ms) | 3.4 ms | 500 k | 1 | 12% | 3e-07 |" in page
-    row = "|  | transformers | 110 ms (99 ms to 132 ms) | 187 ms | 9.09 k | 55.00 (50.00 to 61.50) | 12% |"
+    row = "|  | transformers | 110 ms (99 ms to 132 ms) | 187 ms | 9.09 k | 55.00 (50.00 to 61.50) | 0.2% |"
     assert row in page
     assert "| mambapy | not installed: not compared with |" in page
     assert "| missing | mambapy | not installed | scan |" in page
@@ -113,7 +115,7 @@ def test_a_graph_is_shown_before_launches(tmp_path):
     page = written(tmp_path, lines)
     assert "| scan | mambakit cuda | 1 ms (900 us to 1.2 ms) | 3 ms |" in page
     assert "with launches" in page
-    assert "a card" in page
+    assert "# Benchmarks of 2026-01-02 on a card" in page
 
 
 def test_a_busy_machine_and_toy_sizes_are_said(tmp_path):
