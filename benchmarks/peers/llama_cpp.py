@@ -32,6 +32,10 @@ class Speaker:
         ours: Whose weights to take.
         kind: `mamba1` or `mamba2`.
         quantized: Type of the matrices: a key of `BOUNDS`.
+
+    Attributes:
+        bound: Largest relative difference of its logits.
+        weight_bytes: Size of its weights.
     """
 
     module: nn.Module | None = None
@@ -48,6 +52,7 @@ class Speaker:
             self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         if not self._model:
             raise RuntimeError("llama.cpp refuses the model")
+        self.weight_bytes = llama_cpp.llama_model_size(self._model)
         context = llama_cpp.llama_context_default_params()
         context.n_ctx = context.n_batch = context.n_ubatch = CONTEXT
         context.n_threads = context.n_threads_batch = torch.get_num_threads()

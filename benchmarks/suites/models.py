@@ -179,7 +179,9 @@ def _ready(
         return Ready(speakers.reading(speaker, tokens[:, :-1]), error)
     if work.verb == "write":
         error = speakers.check_writing(name, speaker, model, bound)
-        return Ready(speakers.writing(speaker.decoder(work.batch), work.batch, bench.device), error)
+        run = speakers.writing(speaker.decoder(work.batch), work.batch, bench.device)
+        weights = getattr(speaker, "weight_bytes", weight_bytes(model))  # some keep them smaller
+        return Ready(run, error, moved=weights + _states(model, work))
     error = speakers.check_learning(name, speaker, model)
     if isinstance(speaker, Ours):  # a training step changes the weights, which others are to be given
         speaker = Ours(_copy(model), speaker.backend)
@@ -205,5 +207,9 @@ def _needs(model: LanguageModel, work: Work) -> tuple[float, float]:
     flops = block_flops(model, tokens, work.length)
     if work.verb == "learn":
         return 11 * weights, 3 * (flops + head_flops(model, tokens))
-    states = 2 * model.init_state(work.batch).nbytes if work.verb == "write" else 0
-    return weights + states, flops + head_flops(model, work.batch)
+    return weights + _states(model, work), flops + head_flops(model, work.batch)
+
+
+def _states(model: LanguageModel, work: Work) -> int:
+    """Bytes of recurrent states that one call reads and writes."""
+    return 2 * model.init_state(work.batch).nbytes if work.verb == "write" else 0
