@@ -8,3 +8,9 @@ Nothing wrong is timed: every variant is first compared with the float64 referen
 the plain backend at full size (`mambakit.testing.checks`). A peer that is not installed is listed as missing.
 How times are taken: `mambakit.testing.timing`.
 """
+
+import os
+
+# Several implementations bring OpenMP threads of their own: those that wait must sleep and not spin, or they
+# take the processor from the one that is being timed. OpenMP reads this when PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
