@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import report, runner, suites
+from benchmarks import lines, report, runner, suites
 from mambakit.training import device as devices
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     if options.verb == "report":
-        place = options.folder or report.newest(runner.RESULTS)
+        place = options.folder or lines.newest(runner.RESULTS)
         print(report.render(place))
         return 0
     if options.threads:

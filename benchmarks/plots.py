@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lines import ATTENTION, Line, curves, measured
 from mambakit.testing import timing
-
-Line = dict[str, Any]
 
 COLOURS = {
     "selective_scan": "#2b6cb0",
@@ -23,8 +23,6 @@ CYCLE = ("#2b6cb0", "#2f855a", "#d97706", "#805ad5", "#b83280", "#718096", "#975
 
 def time_against_length(lines: Sequence[Line], folder: Path) -> list[str]:
     """Forward and with gradients, with the points where scans overtake attention."""
-    from benchmarks.report import curves
-
     panels = {
         title: curves([line for line in lines if line["at"].get("backward") is backward], "length")
         for title, backward in (("forward", False), ("forward and backward", True))
@@ -34,7 +32,7 @@ def time_against_length(lines: Sequence[Line], folder: Path) -> list[str]:
         return []
     figure, axes = _figure(len(panels))
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
-        rival = next((points for name, points in found.items() if name.startswith("attention")), {})
+        rival = found.get(ATTENTION, {})
         for name, points in found.items():
             _curve(axis, name, points)
             shared = sorted(points.keys() & rival.keys())
@@ -51,8 +49,6 @@ def time_against_length(lines: Sequence[Line], folder: Path) -> list[str]:
 
 def decoding(lines: Sequence[Line], folder: Path) -> list[str]:
     """Bytes of the state, and time of a token, against what has been read."""
-    from benchmarks.report import curves
-
     figure, axes = _figure(2)
     for axis, value, label in zip(
         axes, ("state_bytes", "median"), ("bytes of one sequence's state", "seconds per token"), strict=True
@@ -65,23 +61,29 @@ def decoding(lines: Sequence[Line], folder: Path) -> list[str]:
 
 
 def throughput(lines: Sequence[Line], folder: Path) -> list[str]:
-    """Tokens per second of decoding against batch, for models measured at more than one."""
-    from benchmarks.report import measured
-
-    found: dict[str, dict[int, float]] = {}
+    """Tokens per second of decoding against batch: a panel per model, for those measured at several."""
+    panels: dict[str, dict[str, dict[int, float]]] = {}
     for line in measured(lines):
         at = line["at"]
         if at["verb"] == "write":
-            name = f"{at['kind']} {at['size']} {line['dtype']}, {line['variant']}"
-            found.setdefault(name, {})[at["b"]] = line["tokens"] / line["median"]
-    found = {name: dict(sorted(points.items())) for name, points in found.items() if len(points) > 1}
-    if not found:
+            panel = panels.setdefault(f"{at['kind']} {at['size']}, {line['dtype']}", {})
+            panel.setdefault(line["variant"], {})[at["b"]] = line["tokens"] / line["median"]
+    for found in panels.values():
+        for name in [name for name, points in found.items() if len(points) < 2]:
+            del found[name]
+    panels = {title: found for title, found in panels.items() if found}
+    if not panels:
         return []
-    figure, [axis] = _figure(1)
-    for number, (name, points) in enumerate(found.items()):
-        _curve(axis, name, points, CYCLE[number % len(CYCLE)])
-    axis.set_ylabel("tokens per second, all sequences together")
-    _logarithmic(axis, "sequences at once")
+    names = dict.fromkeys(name for found in panels.values() for name in found)
+    colours = dict(zip(names, itertools.cycle(CYCLE), strict=False))
+    figure, axes = _figure(len(panels))
+    for axis, (title, found) in zip(axes, panels.items(), strict=True):
+        for name, points in found.items():
+            _curve(axis, name, dict(sorted(points.items())), colours[name])
+        axis.set_title(f"decoding, {title}")
+        axis.set_ylabel("tokens per second, all sequences together")
+        _logarithmic(axis, "sequences at once")
+        axis.xaxis.set_major_formatter("{x:.0f}")
     return _save(figure, folder, "throughput", "Throughput of decoding against batch")
 
 
@@ -95,12 +97,12 @@ def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
 
 
 def _curve(axis: Any, name: str, points: Mapping[int, float], colour: str | None = None) -> None:
-    """One curve; operators have colours of their own, the slower backends of each are dashed."""
+    """One curve; operators have colours of their own, what runs without kernels is dashed."""
     known = [colour for word, colour in COLOURS.items() if word in name.split()]
     axis.plot(
         list(points),
         list(points.values()),
-        "--" if name.split()[-1] == "chunked" and "attention" not in name else "-",
+        "--" if name.split()[-1] == "chunked" else "-",
         marker="o",
         markersize=3.5,
         color=colour or (known[0] if known else None),
@@ -124,9 +126,13 @@ def _logarithmic(axis: Any, label: str) -> None:
     axis.set_xlabel(label)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
 
 
 def _save(figure: Any, folder: Path, name: str, caption: str) -> list[str]:
-    figure.savefig(folder / f"{name}.png", dpi=110)
+    """Write the figure with one legend for all panels, below them."""
+    curves = [curve for axis in figure.axes for curve in axis.get_legend_handles_labels()[0]]
+    shown = {curve.get_label(): curve for curve in curves}
+    place = {"loc": "outside lower center", "ncols": min(5, len(shown))}
+    figure.legend(shown.values(), shown, frameon=False, fontsize=9, **place)
+    figure.savefig(folder / f"{name}.png", dpi=90)
     return [f"![{caption}]({name}.png)"]

@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import plots
+from benchmarks.lines import ATTENTION, Line, curves, measured, read, work_of
 from mambakit.testing import timing
 
-Line = dict[str, Any]
 Row = Sequence[str]
-
-CLOCKS = ("graph", "events", "host")
-"""The first of these that a variant was measured with is the one shown."""
-
-
-def newest(results: Path) -> Path:
-    """The newest folder with lines.
-
-    Raises:
-        SystemExit: There is none.
-    """
-    folders = sorted({path.parent for path in results.glob("*/*.jsonl")}, key=lambda f: f.name)
-    if not folders:
-        raise SystemExit(f"no results in {results}; python -m benchmarks run operators makes some")
-    return folders[-1]
-
-
-def read(folder: Path) -> list[Line]:
-    """The lines of a folder; of work that was measured again the newest run's only.
-
-    Raises:
-        SystemExit: There are none.
-    """
-    lines = [
-        json.loads(line)
-        for path in sorted(folder.glob("*.jsonl"))
-        for line in path.read_text(encoding="utf-8").splitlines()
-    ]
-    if not lines:
-        raise SystemExit(f"no results in {folder}")
-    last: dict[tuple[str, str, str], str] = {}
-    for line in lines:
-        key = _key(line)
-        last[key] = max(line["date"], last.get(key, ""))
-    return [line for line in lines if line["date"] == last[_key(line)]]
 
 
 def render(folder: Path) -> Path:
@@ -71,21 +34,6 @@ def render(folder: Path) -> Path:
     path = folder / "report.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
-
-
-def measured(lines: Iterable[Line]) -> list[Line]:
-    """One line for each variant of each case: that of the clock which shows the device's own time."""
-    best: dict[tuple[str, str, str], Line] = {}
-    for line in lines:
-        if line["status"] == "measured":
-            kept = best.get(_key(line))
-            if kept is None or CLOCKS.index(line["clock"]) < CLOCKS.index(kept["clock"]):
-                best[_key(line)] = line
-    return list(best.values())
-
-
-def _key(line: Line) -> tuple[str, str, str]:
-    return line["suite"], line["name"], line["variant"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -154,13 +102,13 @@ def _peers(lines: Sequence[Line]) -> str:
 
 def _results(lines: Sequence[Line]) -> str:
     """One row per variant, grouped by case."""
-    launched = {_key(line): line["median"] for line in lines if line.get("clock") == "events"}
+    launched = {work_of(line): line["median"] for line in lines if line.get("clock") == "events"}
     on_gpu = any(line.get("clock") == "graph" for line in lines)
     extra = "with launches" if on_gpu else "processor time"
     head = ("work", "variant", "median", extra, "tokens/s", "times as long", "roofline", "error")
     rows, before, limits = [], None, _limits(lines)
     for line in measured(lines):
-        other = launched.get(_key(line)) if on_gpu else line["cpu_seconds"]
+        other = launched.get(work_of(line)) if on_gpu else line["cpu_seconds"]
         over = line.get("over")
         memory = f", {line['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in line else ""
         rows.append(
@@ -180,32 +128,36 @@ def _results(lines: Sequence[Line]) -> str:
 
 
 def _scaling(lines: Sequence[Line], folder: Path) -> list[str]:
-    parts = ["## Time against length"]
-    shown = measured(lines)
+    return _operators_by_length(lines, folder) + _decoding_by_context(lines, folder)
+
+
+def _operators_by_length(lines: Sequence[Line], folder: Path) -> list[str]:
+    shown = [line for line in measured(lines) if "length" in line["at"]]
+    if not shown:
+        return []
+    layer = "The operator of one layer of {width} channels (the scans have twice as many), one sequence."
+    parts = ["## Time against length", layer.format_map(shown[0]["at"])]
     for backward in (False, True):
-        mine = [line for line in shown if line["at"].get("backward") is backward]
+        mine = [line for line in shown if line["at"]["backward"] is backward]
         if mine:
             parts += [f"### {'With gradients' if backward else 'Forward'}", _by_length(mine, "length")]
             parts += [_slopes(mine), _crossovers(mine)]
-    parts += plots.time_against_length(shown, folder)
-    if mine := [line for line in shown if "context" in line["at"]]:
-        parts += ["## Decoding against context", _by_length(mine, "context")]
-        parts += ["Bytes of the state of one sequence:", _by_length(mine, "context", "state_bytes")]
-        parts += plots.decoding(mine, folder)
-    return parts
+    return parts + plots.time_against_length(shown, folder)
 
 
-def curves(lines: Iterable[Line], axis: str, value: str = "median") -> dict[str, dict[int, float]]:
-    """Variant -> place on the axis -> value, as measured."""
-    found: dict[str, dict[int, float]] = {}
-    for line in lines:
-        if axis in line["at"] and value in line:
-            found.setdefault(_short(line["variant"]), {})[line["at"][axis]] = line[value]
-    return {name: dict(sorted(points.items())) for name, points in found.items()}
-
-
-def _short(variant: str) -> str:
-    return variant.removeprefix("mambakit ")
+def _decoding_by_context(lines: Sequence[Line], folder: Path) -> list[str]:
+    shown = [line for line in measured(lines) if "context" in line["at"]]
+    if not shown:
+        return []
+    model = "Models of {layers} layers of {width} channels; time of one token of one sequence:"
+    return [
+        "## Decoding against context",
+        model.format_map(shown[0]["at"]),
+        _by_length(shown, "context"),
+        "Bytes of its state:",
+        _by_length(shown, "context", "state_bytes"),
+        *plots.decoding(shown, folder),
+    ]
 
 
 def _by_length(lines: Sequence[Line], axis: str, value: str = "median") -> str:
@@ -239,13 +191,13 @@ def _slopes(lines: Sequence[Line]) -> str:
 def _crossovers(lines: Sequence[Line]) -> str:
     """From which length on each scan is faster than attention."""
     found = curves(lines, "length")
-    rival = next((points for name, points in found.items() if name.startswith("attention")), None)
+    rival = found.get(ATTENTION)
     if rival is None:
         return ""
     said = []
     for name, points in found.items():
         shared = sorted(points.keys() & rival.keys())
-        if name.startswith("attention") or not shared:
+        if name == ATTENTION or not shared:
             continue
         both = [points[k] for k in shared], [rival[k] for k in shared]
         said.append(f"- {name}: {timing.crossover_in_words(shared, *both)}")

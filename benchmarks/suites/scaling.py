@@ -46,7 +46,7 @@ def cases(bench: Bench) -> Iterator[Case]:
     dtype = BF16 if kind == "cuda" else F32
     for backward in (False, True):
         for length in lengths:
-            at = {"length": length, "backward": backward}
+            at = {"length": length, "backward": backward, "width": WIDTH[kind]}
             name = f"{'with gradients' if backward else 'forward'} length {length}"
             opened = functools.partial(_operators, bench, WIDTH[kind], length, backward, dtype)
             yield Case(name, opened, dtype, at, together=False, clocks=("host", "graph"))
@@ -56,7 +56,7 @@ def cases(bench: Bench) -> Iterator[Case]:
             f"decode after {length}",
             functools.partial(decoders.open, length),
             dtype,
-            {"context": length},
+            {"context": length, "width": decoders.sizes["d_model"], "layers": decoders.sizes["layers"]},
             together=False,
             clocks=("host", "events"),  # attention reads its length on the host, which no graph can
         )
@@ -120,6 +120,7 @@ class _Decoders:
 
     def __init__(self, bench: Bench, dtype: torch.dtype) -> None:
         self.bench, self.dtype = bench, dtype
+        self.sizes = {"d_model": 32, "layers": 1} if bench.quick else DECODER[bench.device.type]
         self.models: dict[str, tuple[LanguageModel, float]] = {}  # with the error that its check found
         self.states: dict[str, tuple[int, State]] = {}
         self.reading: dict[str, float] = {}  # seconds from one context to the next
@@ -132,14 +133,13 @@ class _Decoders:
 
     def _model(self, kind: str) -> tuple[LanguageModel, float]:
         if kind not in self.models:
-            sizes = {"d_model": 32, "layers": 1} if self.bench.quick else DECODER[self.bench.device.type]
-            heads = max(1, sizes["d_model"] // HEAD)
+            heads = max(1, self.sizes["d_model"] // HEAD)
             torch.manual_seed(0)
             model = LanguageModel(
                 LanguageModelConfig(
                     vocab_size=256,
-                    d_model=sizes["d_model"],
-                    pattern=f"{sizes['layers']}{LETTERS[kind]}",
+                    d_model=self.sizes["d_model"],
+                    pattern=f"{self.sizes['layers']}{LETTERS[kind]}",
                     mixers={"S": Mamba1Config(), "*": AttentionConfig(n_heads=heads)},
                 ),
                 device=self.bench.device,

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from benchmarks import report
+from benchmarks import plots, report
+from benchmarks.lines import newest
 
 ENVIRONMENT = {
     "date": "2026-01-02T10:00:00+00:00",
@@ -131,20 +132,22 @@ def scaling():
     for k in range(10, 16):
         n = 2**k
         for variant, seconds in (("ssd chunked", 6e-3 * n), ("attention chunked", 1e-6 * n * n)):
-            at = {"length": n, "backward": False}
+            at = {"length": n, "backward": False, "width": 64}
             name = f"forward length {n}"
             lines.append(measured("scaling", name, f"mambakit {variant}", seconds, at=at))
         for kind, state in (("mamba2", 4096), ("attention", 512 * n)):
             name = f"decode after {n}"
-            at = {"context": n}
+            at = {"context": n, "width": 128, "layers": 2}
             lines.append(measured("scaling", name, f"mambakit {kind}", 1e-3, at=at, state_bytes=state))
     return lines
 
 
 def test_scaling_has_slopes_the_crossover_and_memory(tmp_path, scaling):
     page = written(tmp_path, scaling)
+    assert "one layer of 64 channels" in page
+    assert "Models of 2 layers of 128 channels" in page
     assert "| ssd chunked | 1.00 | 1.00 | 1.00 |" in page
-    assert "| attention chunked | 2.00 | 2.00 | 2.00 |" in page
+    assert "| attention | 2.00 | 2.00 | 2.00 |" in page
     assert "- ssd chunked: faster than attention from about 6,000 tokens on, slower below" in page
     assert "| 4,096 | 24.6 s | 16.8 s |" in page
     assert "| 32,768 | 4 KiB | 16 MiB |" in page
@@ -155,9 +158,9 @@ def test_scaling_has_slopes_the_crossover_and_memory(tmp_path, scaling):
 
 def test_the_ring_lies_on_attentions_curve():
     points = {1024: 1.0, 2048: 4.0}
-    assert report.plots._between(points, 1024) == 1.0
-    assert report.plots._between(points, 2048) == 4.0
-    assert report.plots._between(points, 1024 * 2**0.5) == pytest.approx(2.0)
+    assert plots._between(points, 1024) == 1.0
+    assert plots._between(points, 2048) == 4.0
+    assert plots._between(points, 1024 * 2**0.5) == pytest.approx(2.0)
 
 
 def test_throughput_is_drawn_where_batches_differ(tmp_path):
@@ -174,8 +177,8 @@ def test_throughput_is_drawn_where_batches_differ(tmp_path):
 
 def test_no_results_are_said(tmp_path):
     with pytest.raises(SystemExit, match="no results"):
-        report.newest(tmp_path)
+        newest(tmp_path)
     for name in ("2026-01-02-cpu", "2026-01-10-cpu"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jsonl").write_text("{}\n")
-    assert report.newest(tmp_path).name == "2026-01-10-cpu"
+    assert newest(tmp_path).name == "2026-01-10-cpu"
