@@ -53,6 +53,11 @@ def complaint(result: tuple[int, str, str]) -> str:
         (["train", "shakespeare", "--backnd", "chunked"], ["--backend"]),
         (["generate", "runs"], ["PROMPT"]),
         (["eval"], ["RUN"]),
+        (["bench", "--seconds", "0"], ["--seconds is 0", "positive"]),
+        (["bench", "--seconds", "long"], ["--seconds", "number"]),
+        (["bench", "--device", "gpu"], ["'gpu'", "cpu"]),
+        (["bench", "--json", "absent/found.json"], ["absent/found.json", "no folder"]),
+        (["bench", "--jsn", "x"], ["--json"]),
     ],
 )
 def test_a_wrong_word_is_named_with_the_nearest_right_one(cli, tmp_path, monkeypatch, words, expected):

@@ -145,7 +145,7 @@ def test_version_and_help(cli):
     for words in (
         [],
         ["--help"],
-        *([verb, "--help"] for verb in ("train", "generate", "eval", "recipes", "doctor")),
+        *([verb, "--help"] for verb in ("train", "generate", "eval", "recipes", "doctor", "bench")),
     ):
         code, shown, said = cli(*words)
         assert (code, said) == (0, "")

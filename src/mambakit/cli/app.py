@@ -1,7 +1,7 @@
 """The command `mambakit`: its verbs, and the one place where errors become exit codes.
 
     0    done
-    1    the run failed (numbers that are not finite, no memory left), or nobody reads the output any more
+    1    the run failed (numbers that are not finite or wrong, no memory left), or nobody reads the output
     2    the user asked for something that does not exist or cannot be: one line on stderr says what
     130  stopped by Ctrl-C (143 by SIGTERM)
 
@@ -20,6 +20,7 @@ import torch
 import typer
 
 import mambakit
+from mambakit.cli.bench import bench
 from mambakit.cli.console import complain, out
 from mambakit.cli.doctor import doctor
 from mambakit.cli.eval import evaluate
@@ -27,6 +28,7 @@ from mambakit.cli.generate import generate
 from mambakit.cli.recipes import recipes
 from mambakit.cli.train import train
 from mambakit.config import ConfigError
+from mambakit.testing.checks import WrongResultError
 from mambakit.training import NonFiniteError
 
 app = typer.Typer(
@@ -40,6 +42,7 @@ app.command()(generate)
 app.command(name="eval")(evaluate)
 app.command()(recipes)
 app.command()(doctor)
+app.command()(bench)
 
 
 def _version(wanted: bool) -> None:
@@ -83,7 +86,7 @@ def _run(words: list[str]) -> int:
     except typer.TyperException as error:
         complain(error.format_message())
         return 2
-    except (ValueError, OSError, NonFiniteError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, NonFiniteError, WrongResultError, torch.OutOfMemoryError) as error:
         line, code = _for_the_user(error)
         if "--debug" in words:
             traceback.print_exc()
@@ -96,7 +99,7 @@ def _for_the_user(error: Exception) -> tuple[str, int]:
     if isinstance(error, torch.OutOfMemoryError):
         advice = "try train.accumulate=2 (same result, less memory) or train.activation_checkpointing=true"
         return f"the GPU has no memory left; {advice}", 1
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, (NonFiniteError, WrongResultError)):
         return str(error), 1
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 2

@@ -125,7 +125,7 @@ class ExpertLinear(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Apply each expert to its rows.
+        """Apply each expert to its rows; a batch `(b, l, d)` is taken apart by `MoE`.
 
         Args:
             x: Tokens `(t, d_in)`, those of expert 0 first.

@@ -7,7 +7,7 @@ This is the only place that knows about backends. `ops.backend("reference")` for
 from mambakit.ops.attention import KVCache, KVState, attention
 from mambakit.ops.causal_conv1d import causal_conv1d
 from mambakit.ops.cross_entropy import cross_entropy
-from mambakit.ops.dispatch import backend, explain, flop_formulas
+from mambakit.ops.dispatch import backend, explain, flop_formulas, reasons
 from mambakit.ops.linear_scan import linear_scan
 from mambakit.ops.long_conv import fft_conv, s4_conv, s4d_conv
 from mambakit.ops.norm import norm
@@ -26,6 +26,7 @@ __all__ = [
     "flop_formulas",
     "linear_scan",
     "norm",
+    "reasons",
     "s4_conv",
     "s4d_conv",
     "selective_scan",

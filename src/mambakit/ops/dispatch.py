@@ -198,6 +198,33 @@ def is_forced() -> bool:
     return bool(_forced)
 
 
+def reasons(name: str, *inputs: Any, **options: Any) -> dict[str, str | None]:
+    """Ask every backend of an operator whether it can take some inputs.
+
+    Args:
+        name: The operator's name.
+        *inputs: Its inputs, as for the public function.
+        **options: Its keyword arguments, likewise.
+
+    Returns:
+        Backend, most preferred first -> why it cannot take them, or `None`.
+
+    Raises:
+        ValueError: The operator's name is unknown, or what the operator itself refuses.
+    """
+    global _asked
+    if name not in registry:
+        raise ValueError(unknown("operator", name, registry))
+    _asked = registry[name]
+    try:
+        getattr(sys.modules["mambakit.ops"], name, _asked)(*inputs, **options)
+    except _Answer as answer:
+        return answer.reasons
+    finally:
+        _asked = None
+    raise AssertionError(f"{name}: the public function does not call the operator")
+
+
 def explain(name: str, *inputs: Any, **options: Any) -> str:
     """Say which backend an operator would use for these inputs, and why not the others.
 
@@ -212,16 +239,7 @@ def explain(name: str, *inputs: Any, **options: Any) -> str:
     Raises:
         ValueError: The operator's name is unknown, or what the operator itself refuses.
     """
-    global _asked
-    if name not in registry:
-        raise ValueError(unknown("operator", name, registry))
-    _asked = registry[name]
-    try:
-        getattr(sys.modules["mambakit.ops"], name, _asked)(*inputs, **options)
-    except _Answer as answer:
-        rows = answer.reasons
-    finally:
-        _asked = None
+    rows = reasons(name, *inputs, **options)
     chosen = next((key for key, reason in rows.items() if reason is None), None)
     width = max(map(len, rows))
     lines = [
