@@ -29,7 +29,18 @@ MAY_IMPORT = {
     "generation": {"ops", *_MODELS},  # its decode engine calls a native kernel of its own
     "training": {"data", "files", "generation", *_MODELS},
     "recipes": {"config", "data", "training"},
-    "cli": {"data", "files", "generation", "ops", "recipes", "testing", "training", *_MODELS},
+    "cli": {
+        "checkpoints",
+        "data",
+        "files",
+        "generation",
+        "load",
+        "ops",
+        "recipes",
+        "testing",
+        "training",
+        *_MODELS,
+    },
     "__main__": {"cli"},
     # The package's own names: nothing that would need more than torch, numpy and safetensors.
     "__init__": {"config", "generation", "layers", "load", "models", "ops"},

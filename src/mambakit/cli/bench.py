@@ -21,13 +21,13 @@ from rich.table import Table
 
 from mambakit.cli.console import count, duration, facts, out
 from mambakit.config import ConfigError
+from mambakit.files import replace_text
 from mambakit.layers.attention import AttentionConfig
 from mambakit.layers.mamba1 import Mamba1Config
 from mambakit.models import LanguageModel, LanguageModelConfig
 from mambakit.testing import speakers, timing, workloads
 from mambakit.testing.checks import check_backend
 from mambakit.training import device as devices
-from mambakit.training.files import replace_text
 from mambakit.training.summary import commit, hardware, versions
 
 HEAD = 64

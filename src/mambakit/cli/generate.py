@@ -1,4 +1,4 @@
-"""`mambakit generate RUN "prompt"`."""
+"""`mambakit generate MODEL "prompt"`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Annotated
 import typer
 
 from mambakit.cli.console import out
-from mambakit.cli.options import Backend, Run, forced
-from mambakit.config import ConfigError
+from mambakit.cli.model import writer
+from mambakit.cli.options import Backend, Model, forced
 from mambakit.generation import Sampling, stream_text
 from mambakit.training import device as devices
-from mambakit.training import load_run, load_tokenizer
 
 
 def generate(
-    run: Run,
+    model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
     max_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens.")] = 500,
     temperature: Annotated[float, typer.Option(help="Below 1 plays safe, above 1 dares; 0 is greedy.")] = 0.8,
@@ -34,6 +33,10 @@ def generate(
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint's weights: float32, bfloat16, float16.", show_default="as stored"),
+    ] = None,
     engine: Annotated[
         str,
         typer.Option(
@@ -43,7 +46,7 @@ def generate(
     ] = "auto",
     backend: Backend = None,
 ) -> None:
-    """Continue a text with a trained language model, streaming."""
+    """Continue a text with a run of yours or a published checkpoint, streaming."""
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -53,20 +56,16 @@ def generate(
         seed=seed,
     )
     place = devices.choose(device)
-    model, config, _ = load_run(run)
-    tokenizer = load_tokenizer(run)
-    if tokenizer is None:
-        raise ConfigError(
-            f"{run} was trained on {config.data.tag} data, which is not text: nothing to generate"
-        )
+    found = writer(model, dtype)
     with forced(backend):
         pieces = stream_text(
-            model.to(place),
-            tokenizer,
+            found.model.to(place),
+            found.tokenizer,
             prompt,
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stop or (),
+            stop_tokens=found.stop_tokens,
             engine=engine,
         )
         out.print(prompt, style="bold", end="", markup=False, highlight=False, soft_wrap=True)

@@ -20,6 +20,14 @@ def _run_folder(word: str) -> str:
 Run = Annotated[
     str, typer.Argument(parser=_run_folder, metavar="RUN", help="A run, such as runs/shakespeare.")
 ]
+Model = Annotated[
+    str,
+    typer.Argument(
+        parser=_run_folder,
+        metavar="MODEL",
+        help="A run, such as runs/shakespeare; a checkpoint's folder; or a hub name, such as a/b.",
+    ),
+]
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, such as train.steps=60.")
 ]

@@ -1,0 +1,94 @@
+"""The model that a word on the command line names: a run of one's own, or a published checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mambakit.checkpoints import CheckpointError, locate
+from mambakit.checkpoints.files import CONFIG, read_config
+from mambakit.config import ConfigError, unknown
+from mambakit.data.tokenizers import Subwords, Tokenizer
+from mambakit.load import load
+from mambakit.models.language import LanguageModel
+from mambakit.training import load_run, load_tokenizer
+
+_TOKENIZER, _GENERATION = "tokenizer.json", "generation_config.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """What it takes to continue a text.
+
+    Attributes:
+        model: The model, on the CPU.
+        tokenizer: Its tokeniser.
+        stop_tokens: Tokens that end a text.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    stop_tokens: Sequence[int] = ()
+
+
+def writer(word: str, dtype: str | None = None) -> Writer:
+    """Load the model that a word names.
+
+    Args:
+        word: A run folder, a checkpoint folder, or a repository such as `state-spaces/mamba-130m-hf`.
+        dtype: Type of a checkpoint's weights; as stored by default.
+
+    Returns:
+        The model and its tokeniser.
+
+    Raises:
+        ConfigError: Nothing of this name, or something that does not write text.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(unknown("dtype", dtype, DTYPES))
+    if _is_run(word):
+        return _of_run(word)
+    folder = locate(word)
+    published = read_config(folder)
+    if not (folder / _TOKENIZER).is_file():
+        raise CheckpointError(f"{folder} has no {_TOKENIZER}, which turns text into tokens")
+    tokenizer = Subwords.from_file(folder / _TOKENIZER)
+    model = load(folder, dtype=None if dtype is None else DTYPES[dtype])
+    return Writer(model, tokenizer, _ends(folder, published))
+
+
+def _is_run(word: str) -> bool:
+    """Whether a word is to be understood as a run: one that is there, or the mistyped name of one."""
+    folder = Path(word)
+    if (folder / CONFIG).is_file():
+        return "task" in read_config(folder)
+    return folder.exists() or word.count("/") != 1 or folder.parent.is_dir()
+
+
+def _of_run(word: str) -> Writer:
+    model, config, _ = load_run(word)
+    tokenizer = load_tokenizer(word)
+    if tokenizer is None:
+        raise ConfigError(
+            f"{word} was trained on {config.data.tag} data, which is not text: nothing to generate"
+        )
+    return Writer(model, tokenizer)
+
+
+def _ends(folder: Path, published: dict[str, Any]) -> tuple[int, ...]:
+    """The tokens that end a text: what is said of generation goes before what is said of the network."""
+    settings = published
+    if (folder / _GENERATION).is_file():
+        try:
+            settings = {**published, **json.loads((folder / _GENERATION).read_text(encoding="utf-8"))}
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder / _GENERATION} is no JSON object ({error})") from None
+    found = settings.get("eos_token_id")
+    found = found if isinstance(found, list) else [found]
+    return tuple(token for token in found if isinstance(token, int))
