@@ -1,0 +1,2 @@
+"""x"""
+RecordedDecoder=None

@@ -1,0 +1,232 @@
+"""One token through a language model in few kernels: what a recorded step records where it can.
+
+A Mamba block is a chain of products with vectors, each of which needs all of the one before it: Mamba-1 takes
+four kernels (`in_proj` with the norm before it and the convolution after it; `x_proj`; `dt_proj` with the
+recurrence and the gate; `out_proj`, which adds to the residual stream), Mamba-2 three. With more than eight
+sequences the products are PyTorch's and everything between them is one kernel each. Blocks of another kind run
+by their own forward in between. The numbers are those of the model's forward up to the order of sums: all
+roundings are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mambakit.generation.recorded.kernels import MOST_STATES, MOST_TAPS, MOST_VECTORS, Conv, Launcher, Norm
+from mambakit.layers.conv import CausalConv1d
+from mambakit.layers.mamba1 import Mamba1
+from mambakit.layers.mamba2 import Mamba2
+from mambakit.layers.mixer import Mixer, State
+from mambakit.layers.norm import GatedRMSNorm, RMSNorm
+from mambakit.layers.selective_ssm import SelectiveSSM
+from mambakit.models.block import Block
+from mambakit.models.language import LanguageModel
+from mambakit.ops import cuda
+
+# Parts whose parameters are read here: they must be exactly these, and nobody may listen.
+_PARTS = {
+    Mamba1: (nn.Linear, CausalConv1d, SelectiveSSM, Mamba1),
+    Mamba2: (nn.Linear, CausalConv1d, GatedRMSNorm, Mamba2),
+}
+_SCALARS = ("A_log", "D", "dt_bias")
+
+
+class FusedForward:
+    """One token of every sequence through a model, in few kernels.
+
+    It reads the model's parameters where they are, so it follows them when they change in place.
+
+    Args:
+        model: A language model on a GPU.
+        overlap: Let a kernel start, and ask for its weights, while the one before it ends.
+
+    Raises:
+        ValueError: A model of which nothing can be fused, with the reason.
+    """
+
+    def __init__(self, model: LanguageModel, *, overlap: bool = False) -> None:
+        reason = self.unsupported(model)
+        if reason is not None:
+            raise ValueError(f"this model cannot be fused: {reason}")
+        self.model, self.overlap = model, overlap
+        self._fused = [unsupported_block(block) is None for block in model.backbone.blocks]
+
+    @staticmethod
+    def unsupported(model: nn.Module) -> str | None:
+        """Say why nothing of a model can be fused, or `None`.
+
+        Args:
+            model: Any model.
+
+        Returns:
+            The first block's reason if no block can be.
+        """
+        if type(model) is not LanguageModel:
+            return f"it takes a LanguageModel, not {type(model).__name__}"
+        weight = model.embedding.weight
+        if reason := cuda.runs_on(weight.device):
+            return f"it {reason}"
+        if not _is_plain(model.embedding, nn.Embedding) or weight.dtype not in cuda.TYPES:
+            return f"its embedding is {type(model.embedding).__name__} in {weight.dtype}"
+        reasons = [unsupported_block(block) for block in model.backbone.blocks]
+        return None if None in reasons else f"block 0: {reasons[0]}"
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, state: State) -> Tensor:
+        """Advance every sequence by one token.
+
+        Args:
+            tokens: Token numbers `(b,)`, int64.
+            state: Where the sequences stand, overwritten in place.
+
+        Returns:
+            Logits `(b, v)` in the model's type.
+        """
+        model, backbone = self.model, self.model.backbone
+        weight = model.embedding.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        residual = wide if backbone.config.residual_in_fp32 else weight.dtype
+        launcher = Launcher(weight.device, weight.dtype, residual, self.overlap)
+        run = _Step(launcher, launcher.embed(tokens, weight))
+        for number, block in enumerate(backbone.blocks):
+            own = state[str(number)]
+            if self._fused[number] and _unfit(own) is None:
+                _STEPS[type(block.mixer)](run, block, own)
+            else:
+                run.ordinary(block, own)
+        if _is_plain(backbone.norm_f, RMSNorm) and _is_plain(model.lm_head, nn.Linear):
+            return run.linear(model.lm_head, backbone.norm_f)
+        features = backbone.norm_f(run.settled()).to(backbone.norm_f.weight.dtype)
+        return model.lm_head(features)
+
+
+def unsupported_block(block: Block) -> str | None:
+    """Say why a block cannot be fused, or `None`.
+
+    Args:
+        block: Any block.
+
+    Returns:
+        A reason.
+    """
+    mixer = block.mixer
+    if type(mixer) not in _PARTS:
+        return f"{type(mixer).__name__} has no fused kernels"
+    if type(block) is not Block or not _is_plain(block.norm, RMSNorm):
+        return f"its norm is {type(block.norm).__name__}"
+    for name, module in mixer.named_modules():
+        if not _is_plain(module, *_PARTS[type(mixer)]):
+            return f"{name or 'the mixer'} is {type(module).__name__}, or has hooks"
+    dtype, device = block.norm.weight.dtype, block.norm.weight.device
+    for name, parameter in block.named_parameters():
+        expected = torch.float32 if name.rpartition(".")[2] in _SCALARS else dtype
+        if parameter.dtype != expected or parameter.device != device or not parameter.is_contiguous():
+            return f"{name} is {parameter.dtype} on {parameter.device}, expected {expected} on {device}"
+    if dtype not in cuda.TYPES:
+        return f"takes float32, bfloat16 and float16, not {dtype}"
+    if mixer.config.d_conv > MOST_TAPS:
+        return f"takes up to {MOST_TAPS} taps, not {mixer.config.d_conv}"
+    if mixer.config.d_state > MOST_STATES:
+        return f"takes up to {MOST_STATES} states, not {mixer.config.d_state}"
+    return None
+
+
+def _is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a module is exactly of one of these types and nobody listens to it."""
+    listened = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) in types and not listened
+
+
+def _unfit(state: State) -> str | None:
+    """Why a block's state cannot be overwritten by the kernels, or None."""
+    for name, tensor in state.tensors():
+        if tensor.dtype not in cuda.TYPES or not tensor.is_contiguous():
+            return f"{name} is {tensor.dtype} or not contiguous"
+    return None
+
+
+class _Step:
+    """The residual stream on its way through the blocks.
+
+    For larger batches a block's output stays beside the stream until the next norm, which adds it.
+    """
+
+    def __init__(self, launcher: Launcher, residual: Tensor) -> None:
+        self.launch, self.residual = launcher, residual
+        self.branch: Tensor | None = None
+        self.few = len(residual) <= MOST_VECTORS
+
+    def settled(self) -> Tensor:
+        """The residual stream with everything added."""
+        if self.branch is not None:
+            self.residual.add_(self.branch)
+            self.branch = None
+        return self.residual
+
+    def ordinary(self, block: Block, state: State) -> None:
+        """A block by its own forward."""
+        self.residual = block(self.settled().unsqueeze(1), state).squeeze(1).contiguous()
+
+    def linear(self, linear: nn.Linear, norm: RMSNorm | None = None, conv: Conv | None = None) -> Tensor:
+        """A linear layer of the normalised residual stream, and a convolution of some of its outputs."""
+        before = Norm(norm.weight, norm.eps)
+        if self.few:
+            return self.launch.linear(self.residual, linear.weight, linear.bias, norm=before, conv=conv)
+        normed = self.launch.normalise(self.residual, before, self.branch)
+        self.branch = None
+        out = nn.functional.linear(normed, linear.weight, linear.bias)
+        if conv is not None:
+            self.launch.convolve(out, conv)
+        return out
+
+    def product(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """A linear layer of anything else."""
+        if self.few:
+            return self.launch.linear(x, linear.weight, linear.bias)
+        return nn.functional.linear(x, linear.weight, linear.bias)
+
+    def add(self, y: Tensor, linear: nn.Linear, norm: Norm | None = None) -> None:
+        """A block's last linear layer, added to the residual stream."""
+        if self.few:
+            self.launch.linear(y, linear.weight, linear.bias, norm=norm, add_to=self.residual)
+            return
+        y = y if norm is None else self.launch.normalise(y, norm)
+        self.branch = nn.functional.linear(y, linear.weight, linear.bias)
+
+    def mamba1(self, block: Block, state: State) -> None:
+        """A Mamba-1 block."""
+        mixer, ssm = block.mixer, block.mixer.ssm
+        d, (rank, n, _) = mixer.out_proj.in_features, ssm.split
+        conv = Conv(mixer.conv1d.weight, mixer.conv1d.bias, state["conv"])
+        x, z = self.linear(mixer.in_proj, block.norm, conv).split(d, dim=1)
+        dt, B, C = self.product(x, ssm.x_proj).split((rank, n, n), dim=1)
+        weight = ssm.dt_proj.weight if self.few else None
+        dt = dt if self.few else ssm.dt_proj(dt)
+        y = self.launch.scan(x, z, dt, B, C, weight, ssm.dt_bias, ssm.A_log, ssm.D, state["ssm"])
+        self.add(y, mixer.out_proj)
+
+    def mamba2(self, block: Block, state: State) -> None:
+        """A Mamba-2 block."""
+        mixer, config = block.mixer, block.mixer.config
+        d, channels, _ = mixer.split
+        conv = Conv(mixer.conv1d.weight, mixer.conv1d.bias, state["conv"], first=d)
+        projected = self.linear(mixer.in_proj, block.norm, conv)
+        width = config.ngroups * config.d_state
+        columns = {"z": 0, "x": d, "B": 2 * d, "C": 2 * d + width, "dt": d + channels}
+        gate_last = mixer.norm.norm_before_gate
+        y = self.launch.heads(
+            projected, columns, config.ngroups, mixer.dt_bias, mixer.A_log, mixer.D, config.dt_limit,
+            state["ssm"], gate=not gate_last,
+        )  # fmt: skip
+        gate = projected[:, :d] if gate_last else None
+        groups = d // (mixer.norm.group_size or d)
+        self.add(y, mixer.out_proj, Norm(mixer.norm.weight, mixer.norm.eps, groups, gate))
+
+
+_STEPS: dict[type[Mixer], Callable[[_Step, Block, State], None]] = {
+    Mamba1: _Step.mamba1,
+    Mamba2: _Step.mamba2,
+}
