@@ -79,7 +79,9 @@ def _make(text: str, name: str, words: list[str], device: torch.device) -> Calla
     run = ctypes.CDLL(str(library)).run
     run.argtypes = [ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_int]
 
-    def start(params: ctypes.Structure, blocks: int, threads: int, shared: int, overlap: bool = False) -> None:
+    def start(
+        params: ctypes.Structure, blocks: int, threads: int, shared: int, overlap: bool = False
+    ) -> None:
         run(ctypes.addressof(params), blocks, threads, shared)
 
     return start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import torch
 from torch import nn
 
 from mambakit.generation.recorded.decoder import RecordedDecoder
@@ -32,14 +33,15 @@ def reason_against(model: nn.Module, state: State, batch: int) -> str | None:
 def is_worth_it(model: nn.Module, max_tokens: int) -> bool:
     """Whether recording pays for so many tokens, and is safe without being asked for.
 
-    A layer of somebody else's may look at its numbers and decide by them, which cannot be recorded.
+    A layer of somebody else's may look at its numbers and decide by them, which cannot be recorded; autocast
+    would have to be on at every step again.
 
     Args:
         model: A model that can be recorded.
         max_tokens: Tokens to come.
     """
     foreign = {type(module).__module__.partition(".")[0] for module in model.modules()} - set(_OWN)
-    return max_tokens >= _WORTH_RECORDING and not foreign
+    return max_tokens >= _WORTH_RECORDING and not foreign and not torch.is_autocast_enabled("cuda")
 
 
 def decoder_for(model: nn.Module, state: State) -> RecordedDecoder:

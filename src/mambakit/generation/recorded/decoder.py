@@ -1,9 +1,9 @@
 """A decoding step recorded as one CUDA graph over the tensors of a `State`.
 
-A graph repeats what was recorded on the same addresses: the token goes in through one tensor, logits come out of
-another, and every layer overwrites its own part of the state in place, where the recording left it. The first
-step on a state it has not seen runs normally and prepares what kernels and libraries keep, the second is
-recorded, from then on they are replayed. So a state that changes with every step (as in beam search with
+A graph repeats what was recorded on the same addresses: the token goes in through one tensor, logits come out
+of another, and every layer overwrites its own part of the state in place, where the recording left it. The
+first step on a state it has not seen runs normally and prepares what kernels and libraries keep, the second
+is recorded, from then on they are replayed. So a state that changes with every step (as in beam search with
 `State.select`) simply decodes as fast as the model's forward.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mambakit.generation.recorded.fused import FusedForward
 from mambakit.layers.mixer import State
 from mambakit.models.language import LanguageModel
+from mambakit.ops.dispatch import is_forced
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -25,8 +26,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class RecordedDecoder:
     """Decodes with a language model on a GPU, one recorded step per token.
 
-    The model must be in evaluation mode. A recording reads the parameters where they lie: it follows changes in
-    place, and needs a new decoder after `model.to(...)` or when layers are replaced.
+    The model must be in evaluation mode. A recording reads the parameters where they lie: it follows changes
+    in place, and needs a new decoder after `model.to(...)` or when layers are replaced.
 
     Args:
         model: A language model on a CUDA device whose state keeps its size.
@@ -45,7 +46,9 @@ class RecordedDecoder:
         reason = self.supports(model)
         if reason is not None:
             raise ValueError(f"this model's decoding cannot be recorded: {reason}")
-        self.fused = FusedForward.unsupported(model) is None if fused is None else fused
+        if fused is None:  # a forced backend is meant to be seen at work
+            fused = not is_forced() and FusedForward.unsupported(model) is None
+        self.fused = fused
         self._forward = FusedForward(model, overlap=overlap) if self.fused else _ordinary(model)
         self._device = model.embedding.weight.device
         self._vocab_size = model.config.vocab_size
@@ -129,9 +132,7 @@ class RecordedDecoder:
                 f"expected integers (b,) on {self._device}"
             )
         if out is not None and out.shape != (len(tokens), self._vocab_size):
-            raise ValueError(
-                f"out has shape {tuple(out.shape)}, expected {(len(tokens), self._vocab_size)}"
-            )
+            raise ValueError(f"out has shape {tuple(out.shape)}, expected {(len(tokens), self._vocab_size)}")
         with torch.cuda.device(self._device):
             logits = self._step(tokens, state)
         return logits.clone() if out is None else out.copy_(logits)

@@ -1,7 +1,7 @@
 """The kernels of one decoding step: how they are started, and how their work is divided.
 
-Each function starts one kernel of the `.cu` file of its name, which says what it computes. Weights are read where
-the model keeps them, in their own type.
+Each function starts one kernel of the `.cu` file of its name, which says what it computes. Weights are read
+where the model keeps them, in their own type.
 """
 
 from __future__ import annotations
@@ -299,8 +299,8 @@ class Launcher:
         parts = -(-p // (side * channels))
         params = _fill(
             _HEADS, **{name: projected[:, column:] for name, column in columns.items()}, dt_bias=dt_bias,
-            A_log=A_log, D=D, state=state, y=y, stride=projected.stride(0), batch=batch, heads=heads, p=p, n=n,
-            heads_per_group=heads // groups, parts=parts, least=dt_limit[0], most=dt_limit[1],
+            A_log=A_log, D=D, state=state, y=y, stride=projected.stride(0), batch=batch, heads=heads, p=p,
+            n=n, heads_per_group=heads // groups, parts=parts, least=dt_limit[0], most=dt_limit[1],
         )  # fmt: skip
         settings = {
             "LANES": lanes, "LOADS": loads, "CPT": channels, "STATE": cuda.TYPES[state.dtype], "ALIGNED": 0,
@@ -348,9 +348,7 @@ class Launcher:
 
 def _fill(source: cuda.Source, **values: Tensor | float | None) -> ctypes.Structure:
     """A kernel's parameters; tensors stand for their addresses."""
-    return source.params(
-        **{name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in values.items()}
-    )
+    return source.params(**{name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 def _set_conv(params: ctypes.Structure, conv: Conv) -> dict[str, str | int]:
