@@ -81,7 +81,7 @@ class State(Mapping[str, Any]):
 
         Decoding many sequences with large states is as slow as the states are read and written: in bfloat16
         they take half of the time and of the memory. A layer computes in float32 all the same and rounds what
-        it writes back, at every token.
+        it writes back, at every token. (S4 keeps complex numbers, which PyTorch has in float16 at the least.)
 
         Args:
             dtype: A floating-point type.

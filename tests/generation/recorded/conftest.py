@@ -68,7 +68,7 @@ MODELS = {
             "N": SignedMamba1Config(d_state=4),
         },
     },
-    "attention": {"pattern": "M*", "mixers": {"*": AttentionConfig(n_heads=4, window=8)}},
+    "attention": {"pattern": "-*", "mixers": {"*": AttentionConfig(n_heads=4, window=8)}},
 }
 
 
@@ -100,7 +100,7 @@ def double(state: State) -> State:
 
 
 def holds(found: Tensor, own: Tensor, wanted: Tensor, what: str, dtype: torch.dtype) -> None:
-    """Hold `found` to twice the error that the forward makes, `own`, and some roundings of the model's type."""
+    """Hold `found` to twice the error of the forward, `own`, and two roundings of the model's type."""
     scale = wanted.abs().max().item() if wanted.numel() else 0.0
     floor = 2 * torch.finfo(dtype).eps * scale
     error, allowed = ((t.double() - wanted).abs().max().item() if t.numel() else 0.0 for t in (found, own))

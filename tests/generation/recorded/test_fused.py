@@ -58,7 +58,7 @@ def fused(model, **options):
 
 
 def follow(model, batch, state_dtype=None, steps=3):
-    """Step by step: fused, by the model's forward, and by it in float64, from one state and on from their own."""
+    """Step by step: fused, by the model's forward and by that in float64, each on its own state."""
     exact, forward = models.exact(model), fused(model)
     own = model.init_state(batch)
     with torch.no_grad():
@@ -194,11 +194,11 @@ class Adapted(nn.Linear):
     ("name", "change", "reason"),
     [
         ("mamba1", lambda mixer: setattr(mixer.ssm, "x_proj", Adapted(80, 35)), "ssm.x_proj is Adapted"),
-        ("mamba2", lambda mixer: mixer.norm.register_forward_hook(print), "norm is GatedRMSNorm, or has hooks"),
-        ("mamba2", lambda mixer: setattr(mixer, "A_log", nn.Parameter(mixer.A_log.double())), "A_log is torch.float64"),
+        ("mamba2", lambda mixer: mixer.norm.register_forward_hook(print), "norm is GatedRMSNorm, or has"),
+        ("mamba1", lambda mixer: mixer.ssm.double(), "ssm.dt_bias is torch.float64"),
         ("mamba2", lambda mixer: mixer.in_proj.half(), "in_proj.weight is torch.float16"),
     ],
-)  # fmt: skip
+)
 def test_a_block_that_is_not_what_it_seems_runs_by_its_own_forward(name, change, reason):
     model = models.build(name)
     change(model.backbone.blocks[1].mixer)
