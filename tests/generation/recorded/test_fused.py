@@ -22,9 +22,12 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
 # Every kernel at every number of vectors, every type, sizes of every kind: not every combination.
 CASES = [
-    *(("mamba1", F32, batch) for batch in range(1, 9)),
-    *(("mamba2", F32, batch) for batch in range(1, 9)),
-    *((name, BF16, batch) for name in ("mamba1", "mamba2") for batch in (1, 3, 9)),
+    *(("mamba1", F32, batch) for batch in (1, 2, 5, 8)),
+    *(("mamba2", F32, batch) for batch in (3, 4, 6, 7)),
+    ("mamba1", BF16, 3),
+    ("mamba1", BF16, 9),
+    ("mamba2", BF16, 1),
+    ("mamba2", BF16, 9),
     ("mamba1 odd", F32, 1),
     ("mamba1 odd", BF16, 7),
     ("mamba1 odd", F16, 9),
@@ -57,7 +60,7 @@ def fused(model, **options):
     return step
 
 
-def follow(model, batch, state_dtype=None, steps=3):
+def follow(model, batch, state_dtype=None, steps=2):
     """Step by step: fused, by the model's forward and by that in float64, each on its own state."""
     exact, forward = models.exact(model), fused(model)
     own = model.init_state(batch)

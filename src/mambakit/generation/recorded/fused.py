@@ -15,7 +15,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mambakit.generation.recorded.kernels import MOST_STATES, MOST_TAPS, MOST_VECTORS, Conv, Launcher, Norm
+from mambakit.generation.recorded.kernels import (
+    MOST_SHARED,
+    MOST_STATES,
+    MOST_TAPS,
+    MOST_VECTORS,
+    Conv,
+    Launcher,
+    Norm,
+    padded,
+)
 from mambakit.layers.conv import CausalConv1d
 from mambakit.layers.mamba1 import Mamba1
 from mambakit.layers.mamba2 import Mamba2
@@ -53,6 +62,7 @@ class FusedForward:
             raise ValueError(f"this model cannot be fused: {reason}")
         self.model, self.overlap = model, overlap
         self._fused = [unsupported_block(block) is None for block in model.backbone.blocks]
+        self._widest = max(part.in_features for part in model.modules() if isinstance(part, nn.Linear))
 
     @staticmethod
     def unsupported(model: nn.Module) -> str | None:
@@ -90,7 +100,7 @@ class FusedForward:
         wide = torch.promote_types(weight.dtype, torch.float32)
         residual = wide if backbone.config.residual_in_fp32 else weight.dtype
         launcher = Launcher(weight.device, weight.dtype, residual, self.overlap)
-        run = _Step(launcher, launcher.embed(tokens, weight))
+        run = _Step(launcher, launcher.embed(tokens, weight), self._widest)
         for number, block in enumerate(backbone.blocks):
             own = state[str(number)]
             if self._fused[number] and _unfit(own) is None:
@@ -154,10 +164,12 @@ class _Step:
     For larger batches a block's output stays beside the stream until the next norm, which adds it.
     """
 
-    def __init__(self, launcher: Launcher, residual: Tensor) -> None:
+    def __init__(self, launcher: Launcher, residual: Tensor, widest: int) -> None:
         self.launch, self.residual = launcher, residual
         self.branch: Tensor | None = None
-        self.few = len(residual) <= MOST_VECTORS
+        # Whether products are our own: for few sequences, whose activations fit into shared memory.
+        batch, size = len(residual), launcher.dtype.itemsize
+        self.few = batch <= MOST_VECTORS and padded(batch) * widest * size <= MOST_SHARED
 
     def settled(self) -> Tensor:
         """The residual stream with everything added."""

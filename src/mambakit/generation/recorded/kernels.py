@@ -18,6 +18,8 @@ from mambakit.ops import cuda
 
 MOST_VECTORS = 8
 """Sequences that `linear` multiplies at once."""
+MOST_SHARED = 96 << 10
+"""Bytes of shared memory for the vectors of `linear`: what every GPU has."""
 MOST_TAPS = 8
 MOST_STATES = 256
 THREADS = 256
@@ -151,7 +153,7 @@ class Launcher:
         if out is None:
             out = torch.empty(batch, rows, dtype=self.dtype, device=self.device)
         of_residual = norm is not None and x.dtype == self.residual and norm.groups == 1 and norm.gate is None
-        vectors = 1 << (batch - 1).bit_length()
+        vectors = padded(batch)
         each, ahead, split = self._division(rows, k, vectors)
         sets = -(-rows // (WARPS // split * each))
         blocks = min(sets, BLOCKS_PER_PROCESSOR * cuda.processors(self.device))
@@ -235,9 +237,10 @@ class Launcher:
         """
         batch, d, n = state.shape
         y = torch.empty(batch, d, dtype=self.dtype, device=self.device)
-        padded = 1 << (n - 1).bit_length()
-        per_thread = min(padded, 4) if padded <= 128 else 8
-        lanes, rank = padded // per_thread, dt.shape[1]
+        states, rank = padded(n), dt.shape[1]
+        per_thread = min(states, 4) if states <= 128 else 8
+        lanes = states // per_thread
+        passes = min(4, padded(-(-min(batch, SCAN_ROWS) * SCAN_CHANNELS * lanes // SCAN_THREADS)))
         channel_blocks = -(-d // SCAN_CHANNELS)
         params = _fill(
             _SCAN, x=x, z=z, dt=dt, B=B, C=C, dt_weight=dt_weight, dt_bias=dt_bias, A_log=A_log, D=D,
@@ -245,8 +248,8 @@ class Launcher:
             batch=batch, d=d, n=n, rank=rank, rows=SCAN_ROWS, channel_blocks=channel_blocks,
         )  # fmt: skip
         settings = {
-            "NPT": per_thread, "LANES": lanes, "RANK": int(dt_weight is not None),
-            "WHOLE_N": int(n == padded and cuda.is_aligned(state.flatten(), A_log.flatten())),
+            "NPT": per_thread, "LANES": lanes, "PASSES": passes, "RANK": int(dt_weight is not None),
+            "WHOLE_N": int(n == states and cuda.is_aligned(state.flatten(), A_log.flatten())),
             "STATE": cuda.TYPES[state.dtype], "ALIGNED": _vectors(rank, dt_weight),
         }  # fmt: skip
         blocks = channel_blocks * -(-batch // SCAN_ROWS)
@@ -286,7 +289,7 @@ class Launcher:
         batch, heads, p, n = state.shape
         y = torch.empty(batch, heads * p, dtype=self.dtype, device=self.device)
         at_once = 16 // state.element_size()
-        lanes = min(32, 1 << (-(-n // at_once) - 1).bit_length())
+        lanes = min(32, padded(-(-n // at_once)))
         loads = -(-n // (lanes * at_once))
         # A thread's channels: many reads in flight, but blocks for every processor.
         channels, side = 1, WARPS * 32 // lanes
@@ -344,6 +347,11 @@ class Launcher:
             device=self.device,
             overlap=overlap and self.overlap,
         )
+
+
+def padded(count: int) -> int:
+    """The power of two that covers a count."""
+    return 1 << (count - 1).bit_length()
 
 
 def _fill(source: cuda.Source, **values: Tensor | float | None) -> ctypes.Structure:
