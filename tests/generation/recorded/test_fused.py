@@ -12,6 +12,8 @@ from torch import nn
 from mambakit.generation.recorded import kernels
 from mambakit.generation.recorded.fused import FusedForward, unsupported_block
 from mambakit.generation.recorded.kernels import Conv, Launcher, Norm
+from mambakit.layers.mamba1 import Mamba1Config
+from mambakit.layers.mamba2 import Mamba2Config
 from mambakit.testing.emulation import emulated_gpu
 
 _spec = importlib.util.spec_from_file_location("recorded_models", Path(__file__).with_name("conftest.py"))
@@ -214,9 +216,32 @@ def test_a_block_that_is_not_what_it_seems_runs_by_its_own_forward(name, change,
             torch.testing.assert_close(found, model(token, model.init_state(2))[:, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_without_mamba_is_refused():
-    model = models.build("hybrid", pattern="-D")
-    with emulated_gpu(), pytest.raises(ValueError, match="block 0: GatedMLP has no fused kernels"):
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Mamba1Config(d_state=257), "d_state up to 256, not 257"),
+        (Mamba2Config(d_conv=9, headdim=8), "d_conv up to 8, not 9"),
+    ],
+)
+def test_sizes_beyond_the_kernels_run_by_their_own_forward(config, reason):
+    model = models.build("mamba1", mixers={"M": config})
+    assert reason in unsupported_block(model.backbone.blocks[0])
+
+
+def test_long_vectors_leave_the_products_to_pytorch():
+    """Where shared memory does not hold them."""
+    model = models.build(
+        "mamba2", pattern="M", d_model=1600, mixers={"M": Mamba2Config(d_state=2, headdim=400)}
+    )
+    token = models.tokens(8, 1)
+    found = fused(model)(token[:, 0], model.init_state(8))
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(token, model.init_state(8))[:, -1], rtol=1e-4, atol=1e-3)
+
+
+def test_a_model_without_such_blocks_is_refused():
+    model = models.build("hybrid", pattern="DN")
+    with emulated_gpu(), pytest.raises(ValueError, match="block 0: S4D has no fused kernels"):
         FusedForward(model)
     with pytest.raises(ValueError, match="on a CUDA device, not on 'cpu'"):
         FusedForward(models.build("mamba1"))

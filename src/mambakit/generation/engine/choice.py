@@ -54,10 +54,8 @@ def engine_for(
     Raises:
         ValueError: An unknown name, or a state that the given engine cannot continue.
     """
-    if isinstance(wanted, RecordedDecoder):
-        return wanted
-    if isinstance(wanted, DecodeEngine):
-        reason = DecodeEngine.unsupported_state(model, state, batch)
+    if isinstance(wanted, (DecodeEngine, RecordedDecoder)):
+        reason = wanted.unsupported_state(model, state, batch)
         if reason is not None:
             raise ValueError(f"the decode engine cannot continue this state: {reason}")
         return wanted

@@ -1,11 +1,11 @@
 """One token through a language model in few kernels: what a recorded step records where it can.
 
-A Mamba block is a chain of products with vectors, each of which needs all of the one before it: Mamba-1 takes
-four kernels (`in_proj` with the norm before it and the convolution after it; `x_proj`; `dt_proj` with the
-recurrence and the gate; `out_proj`, which adds to the residual stream), Mamba-2 three. With more than eight
-sequences the products are PyTorch's and everything between them is one kernel each. Blocks of another kind
-run by their own forward in between. The numbers are those of the model's forward up to the order of sums: all
-roundings are the same.
+A block is a chain of products with vectors, each of which needs all of the one before it: Mamba-1 takes four
+kernels (`in_proj` with the norm before it and the convolution after it; `x_proj`; `dt_proj` with the
+recurrence and the gate; `out_proj`, which adds to the residual stream), Mamba-2 three; a gated MLP leaves its
+activation to PyTorch. With more than eight sequences the products are PyTorch's and everything between them
+is one kernel each. Blocks of another kind run by their own forward in between. The numbers are those of the
+model's forward up to the order of sums: all roundings are the same.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mambakit.layers.conv import CausalConv1d
 from mambakit.layers.mamba1 import Mamba1
 from mambakit.layers.mamba2 import Mamba2
 from mambakit.layers.mixer import Mixer, State
+from mambakit.layers.mlp import ACTIVATIONS, GatedMLP
 from mambakit.layers.norm import GatedRMSNorm, RMSNorm
 from mambakit.layers.selective_ssm import SelectiveSSM
 from mambakit.models.block import Block
@@ -39,6 +40,7 @@ from mambakit.ops import cuda
 _PARTS = {
     Mamba1: (nn.Linear, CausalConv1d, SelectiveSSM, Mamba1),
     Mamba2: (nn.Linear, CausalConv1d, GatedRMSNorm, Mamba2),
+    GatedMLP: (nn.Linear, GatedMLP),
 }
 _SCALARS = ("A_log", "D", "dt_bias")
 
@@ -137,10 +139,9 @@ def unsupported_block(block: Block) -> str | None:
             return f"{name} is {parameter.dtype} on {parameter.device}, expected {expected} on {device}"
     if dtype not in cuda.TYPES:
         return f"takes float32, bfloat16 and float16, not {dtype}"
-    if mixer.config.d_conv > MOST_TAPS:
-        return f"takes up to {MOST_TAPS} taps, not {mixer.config.d_conv}"
-    if mixer.config.d_state > MOST_STATES:
-        return f"takes up to {MOST_STATES} states, not {mixer.config.d_state}"
+    for size, most in (("d_conv", MOST_TAPS), ("d_state", MOST_STATES)):
+        if getattr(mixer.config, size, 0) > most:
+            return f"takes {size} up to {most}, not {getattr(mixer.config, size)}"
     return None
 
 
@@ -237,8 +238,15 @@ class _Step:
         groups = d // (mixer.norm.group_size or d)
         self.add(y, mixer.out_proj, Norm(mixer.norm.weight, mixer.norm.eps, groups, gate))
 
+    def mlp(self, block: Block, state: State) -> None:
+        """A gated MLP."""
+        mixer = block.mixer
+        value, gate = self.linear(mixer.in_proj, block.norm).chunk(2, dim=1)
+        self.add(value * ACTIVATIONS[mixer.config.activation](gate), mixer.out_proj)
+
 
 _STEPS: dict[type[Mixer], Callable[[_Step, Block, State], None]] = {
     Mamba1: _Step.mamba1,
     Mamba2: _Step.mamba2,
+    GatedMLP: _Step.mlp,
 }
