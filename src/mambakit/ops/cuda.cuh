@@ -161,6 +161,16 @@ DEVICE float softplus(float x) {
 // ---------------------------------------------------------------------------------------------------------
 // Sums across lanes
 
+// The index that `sum_lanes` returns.
+template <int COUNT, int STRIDE, int END>
+DEVICE int first_sum(int lane) {
+    if constexpr (STRIDE >= END || COUNT == 1) {
+        return 0;
+    } else {
+        return (lane & STRIDE ? COUNT / 2 : 0) + first_sum<COUNT / 2, 2 * STRIDE, END>(lane);
+    }
+}
+
 // Sum each of COUNT values over the lanes that differ in the bits STRIDE, 2 STRIDE, ... below END. With every
 // halving a lane keeps half of its values, so that COUNT values cost COUNT - 1 exchanges and not COUNT times the
 // number of halvings. On return values[0 .. kept) hold the sums whose numbers begin at the returned index.

@@ -73,7 +73,17 @@ KERNEL(heads, THREADS, 2) {
     const float dt = fminf(fmaxf(step, (float)p.least), (float)p.most), decay = exp2_fast(dt * rate);
     const int64 group = head / p.heads_per_group * n;
     const IO* const x = p.x + row * p.stride + head * p.p;
-    float y[CPT];
+    // Channels whose sums this thread will hold.
+    constexpr int KEPT = CPT > LANES ? CPT / LANES : 1;
+    const int begin = first_sum<CPT, 1, LANES>(lane);
+    float through[KEPT], gate[KEPT], y[CPT];
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        const int c = channel(begin + i);
+        if (c >= p.p) continue;
+        through[i] = skip * load(x[c]);
+        if constexpr (GATE) gate[i] = load(p.z[row * p.stride + head * p.p + c]);
+    }
 #pragma unroll
     for (int i = 0; i < CPT; i++) y[i] = 0.0f;
 #pragma unroll
@@ -96,14 +106,13 @@ KERNEL(heads, THREADS, 2) {
             write_states(state + (int64)channel(i) * n, first(j), n, s);
         }
     }
-    constexpr int KEPT = CPT > LANES ? CPT / LANES : 1;
-    const int begin = sum_lanes<CPT, 1, LANES>(y, lane);
+    sum_lanes<CPT, 1, LANES>(y, lane);
 #pragma unroll
     for (int i = 0; i < KEPT; i++) {
         const int c = channel(begin + i);
         if (c >= p.p) continue;
-        float out = y[i] + skip * load(x[c]);
-        if constexpr (GATE) out *= silu(load(p.z[row * p.stride + head * p.p + c]));
+        float out = y[i] + through[i];
+        if constexpr (GATE) out *= silu(gate[i]);
         store(p.y + (row * p.heads + head) * p.p + c, out);  // lanes with the same sum write the same
     }
 }

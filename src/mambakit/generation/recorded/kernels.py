@@ -175,8 +175,8 @@ class Launcher:
         if conv is not None:
             settings.update(_set_conv(params, conv))
             params.first_channel = conv.first
-        pitch = -(-k // 8) * 8
-        shared = vectors * pitch * weight.element_size() + 4 * WARPS * vectors * (2 * each + 1)
+        held = vectors + (norm is not None)
+        shared = held * -(-k // 8) * 8 * weight.element_size() + 4 * WARPS * vectors * (2 * each + 1)
         self._start(_LINEAR, "linear", settings, params, blocks, shared)
         return out
 
@@ -190,11 +190,14 @@ class Launcher:
             gate_stride=0 if norm.gate is None else norm.gate.stride(0),
             groups=norm.groups, size=k // norm.groups, eps=norm.eps,
         )  # fmt: skip
+        staged = k * self.dtype.itemsize <= MOST_SHARED
         settings = {
             "IN": cuda.TYPES[x.dtype],
             "ALIGNED": _vectors(k // norm.groups, x, add, norm.gate, norm.weight),
+            "STAGED": int(staged),
         }
-        self._start(_ROWS, "rows", settings, params, batch, 4 * WARPS)
+        shared = 4 * WARPS + staged * k * self.dtype.itemsize
+        self._start(_ROWS, "rows", settings, params, batch, shared)
         return out
 
     def convolve(self, x: Tensor, conv: Conv) -> None:
@@ -240,7 +243,10 @@ class Launcher:
         states, rank = padded(n), dt.shape[1]
         per_thread = min(states, 4) if states <= 128 else 8
         lanes = states // per_thread
-        passes = min(4, padded(-(-min(batch, SCAN_ROWS) * SCAN_CHANNELS * lanes // SCAN_THREADS)))
+        passes = min(
+            4 if dt_weight is None else 2,
+            padded(-(-min(batch, SCAN_ROWS) * SCAN_CHANNELS * lanes // SCAN_THREADS)),
+        )
         channel_blocks = -(-d // SCAN_CHANNELS)
         params = _fill(
             _SCAN, x=x, z=z, dt=dt, B=B, C=C, dt_weight=dt_weight, dt_bias=dt_bias, A_log=A_log, D=D,

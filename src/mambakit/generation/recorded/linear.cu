@@ -71,11 +71,12 @@ struct Stream {
     }
 };
 
-// What a thread does with one output: `fetch` ahead of the product, `finish` behind it.
+// What a thread does with one output: `fetch` ahead of everything, `fetch_sum` behind earlier kernels, `finish` behind
+// the product.
 struct Output {
     int64 row, vector;
     bool exists, convolved;
-    float bias;
+    float bias, sum;
 #if TAPS
     Window<TAPS, CONV> window;
 #endif
@@ -91,13 +92,17 @@ struct Output {
         if (convolved) window.fetch(p.taps, p.taps_bias, p.conv, vector, channel, p.channels);
 #endif
     }
-    DEVICE void finish(const Params& p, float sum) {
+    DEVICE void fetch_sum(const Params& p) {
+        if constexpr (ADD) {
+            if (exists) sum = load(((const RES*)p.out)[vector * p.rows + row]);
+        }
+    }
+    DEVICE void finish(const Params& p, float product) {
         if (!exists) return;
-        float value = rounded(sum + bias);
+        float value = rounded(product + bias);
         const int64 at = vector * p.rows + row;
         if constexpr (ADD) {
-            RES* const to = (RES*)p.out + at;
-            store(to, load(*to) + value);
+            store((RES*)p.out + at, sum + value);
         } else {
 #if TAPS
             if (convolved) value = window.push(value);
@@ -111,7 +116,8 @@ KERNEL(linear, THREADS, 2) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = warp / SPLIT;
     const int k = (int)p.k, pitch = (k + 7) / 8 * 8;
     IO* const vectors = (IO*)shared_memory;
-    float* const partial = (float*)(vectors + B * pitch);     // twice WARPS x R x B
+    IO* const norm = vectors + B * pitch;                     // with a norm: its weights
+    float* const partial = (float*)(norm + (NORM || GATED ? pitch : 0));  // twice WARPS x R x B
     float* const scratch = partial + 2 * WARPS * R * B;       // WARPS x B
 
     Stream stream;
@@ -119,14 +125,17 @@ KERNEL(linear, THREADS, 2) {
     stream.begin(p, blockIdx.x * (int64)ROWS + team * R);
     Output output;
     output.fetch(p, blockIdx.x);
+    const IO* norm_weight = nullptr;
+    if constexpr (NORM || GATED) norm_weight = stage(norm, p.norm, k);
     let_next_kernel_start();
     wait_for_earlier_kernels();
+    output.fetch_sum(p);
     if constexpr (NORM) {
-        const Source<RES> source{(RES*)p.input, nullptr, nullptr, p.norm, p.input_stride, 0, 0, (int)p.batch, 1, k, (float)p.eps};
+        const Source<RES> source{(RES*)p.input, nullptr, nullptr, norm_weight, p.input_stride, 0, 0, (int)p.batch, 1, k, (float)p.eps};
         normalise<B>(vectors, pitch, source, scratch);
     } else if constexpr (GATED) {
         const int groups = (int)p.groups;
-        const Source<IO> source{(IO*)p.input, nullptr, p.gate, p.norm, p.input_stride, 0, p.gate_stride,
+        const Source<IO> source{(IO*)p.input, nullptr, p.gate, norm_weight, p.input_stride, 0, p.gate_stride,
                                 (int)p.batch, groups, k / groups, (float)p.eps};
         normalise<B>(vectors, pitch, source, scratch);
     } else {
@@ -151,7 +160,7 @@ KERNEL(linear, THREADS, 2) {
 #pragma unroll
             for (int s = 0; s < SPLIT; s++) sum += here[(row / R * SPLIT + s) * R * B + row % R * B + b];
             output.finish(p, sum);
-            if (next < p.sets) output.fetch(p, next);
+            if (next < p.sets) output.fetch(p, next), output.fetch_sum(p);
         }
         here = here == partial ? partial + WARPS * R * B : partial;  // the other half: nobody still reads it
     }

@@ -1,7 +1,7 @@
 // Norms for larger batches, a block per row: a branch is added to the residual stream, and the sum normalised; or
 // Mamba-2's gated output is normalised in groups.
 //
-// Setting: IN (the input's type: RES or IO).
+// Settings: IN (the input's type: RES or IO), STAGED (the weights fit into shared memory).
 
 struct Params {
     IN* input;                                // (batch, groups x size), rows `input_stride` apart
@@ -13,10 +13,12 @@ struct Params {
 
 KERNEL(rows, THREADS, 2) {
     const int64 row = blockIdx.x, width = p.groups * p.size;
+    float* const scratch = (float*)shared_memory;  // WARPS
+    const IO* const weight = STAGED ? stage((IO*)(scratch + WARPS), p.weight, (int)width) : p.weight;
     let_next_kernel_start();
     wait_for_earlier_kernels();
     const Source<IN> source{p.input + row * p.input_stride, p.add ? p.add + row * p.add_stride : nullptr,
-                            p.gate ? p.gate + row * p.gate_stride : nullptr, p.weight, 0, 0, 0, 1, (int)p.groups,
+                            p.gate ? p.gate + row * p.gate_stride : nullptr, weight, 0, 0, 0, 1, (int)p.groups,
                             (int)p.size, (float)p.eps};
-    normalise<1>(p.out + row * width, (int)width, source, (float*)shared_memory);
+    normalise<1>(p.out + row * width, (int)width, source, scratch);
 }

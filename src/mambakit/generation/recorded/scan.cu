@@ -38,65 +38,85 @@ DEVICE States<T> read_states(const T* channel, int q, int n) {
     return found;
 }
 
-// Raw step sizes of the block's channels and rows.
-DEVICE void project(float (&steps)[MOST_ROWS][CHANNELS], const Params& p, int64 first, int64 row0, int rows) {
-    const int c = threadIdx.x / TEAM, lane = threadIdx.x % TEAM, rank = (int)p.rank;
-    const int64 channel = first + c < p.d ? first + c : p.d - 1;
-    const IO* const weights = p.dt_weight + channel * rank;
+// One channel's product for the step sizes, by TEAM lanes.
+struct Projection {
     Words4 ahead[AHEAD];
+    const IO* weights;
+    int lane, c, rank;
+
+    DEVICE Words4 read(int at) const { return load_weights(weights + at, rank - at); }
+    DEVICE void fetch(const Params& p, int64 first) {
+        c = threadIdx.x / TEAM, lane = threadIdx.x % TEAM, rank = (int)p.rank;
+        weights = p.dt_weight + (first + c < p.d ? first + c : p.d - 1) * rank;
 #pragma unroll
-    for (int u = 0; u < AHEAD; u++) ahead[u] = load_weights(weights + (lane + u * TEAM) * VEC, rank - (lane + u * TEAM) * VEC);
-    let_next_kernel_start();
-    wait_for_earlier_kernels();
-    float sums[MOST_ROWS];
+        for (int u = 0; u < AHEAD; u++) ahead[u] = read((lane + u * TEAM) * VEC);
+    }
+    DEVICE void multiply(float (&steps)[MOST_ROWS][CHANNELS], const Params& p, int64 row0, int rows) {
+        float sums[MOST_ROWS];
 #pragma unroll
-    for (int b = 0; b < MOST_ROWS; b++) sums[b] = 0.0f;
-    for (int load0 = lane; load0 * VEC < rank; load0 += AHEAD * TEAM) {
+        for (int b = 0; b < MOST_ROWS; b++) sums[b] = 0.0f;
+        for (int begin = lane * VEC; begin < rank; begin += AHEAD * TEAM * VEC) {
 #pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            const int at = (load0 + u * TEAM) * VEC;
-            if (at >= rank) continue;
-            float w[VEC];
-            unpack16<VEC, IO>(w, ahead[u]);
-            ahead[u] = load_weights(weights + at + AHEAD * TEAM * VEC, rank - at - AHEAD * TEAM * VEC);
+            for (int u = 0; u < AHEAD; u++) {
+                const int at = begin + u * TEAM * VEC;
+                if (at >= rank) continue;
+                float w[VEC];
+                unpack16<VEC, IO>(w, ahead[u]);
+                ahead[u] = read(at + AHEAD * TEAM * VEC);
 #pragma unroll
-            for (int b = 0; b < MOST_ROWS; b++) {
-                if (b >= rows) continue;
-                const IO* const from = p.dt + (row0 + b) * p.dt_b + at;
+                for (int b = 0; b < MOST_ROWS; b++) {
+                    if (b >= rows) continue;
+                    const IO* const from = p.dt + (row0 + b) * p.dt_b + at;
 #pragma unroll
-                for (int i = 0; i < VEC; i++)
-                    if (at + i < rank) sums[b] += w[i] * load(from[i]);
+                    for (int i = 0; i < VEC; i++)
+                        if (at + i < rank) sums[b] += w[i] * load(from[i]);
+                }
             }
         }
-    }
 #pragma unroll
-    for (int b = 0; b < MOST_ROWS; b++) {
-        if (b >= rows) continue;
-        float sum[1] = {sums[b]};
-        sum_lanes<1, 1, TEAM>(sum, lane);
-        steps[b][c] = rounded(sum[0]);
+        for (int b = 0; b < MOST_ROWS; b++) {
+            if (b >= rows) continue;
+            float sum[1] = {sums[b]};
+            sum_lanes<1, 1, TEAM>(sum, lane);
+            steps[b][c] = rounded(sum[0]);
+        }
     }
-}
+};
 
-// One channel of one row of the batch, and a thread's share of its states.
+// One channel of one row of the batch, and a thread's share of its states: `fetch` ahead of everything, `fetch_inputs`
+// behind earlier kernels.
 struct Item {
-    int c, b;                                 // channel of the block, row of the block
+    int c, b, q;                              // channel of the block, row of the block, lane of the channel
     bool exists;
+    int64 row, channel;
     States<STATE> h;
     States<float> rates;
+    float bias, skip, x, z, raw;
+    IO B[NPT], C[NPT];
 
-    DEVICE void fetch(const Params& p, int number, int64 first, int64 row0, int rows, int q) {
-        c = number % CHANNELS, b = number / CHANNELS;
-        exists = b < rows && first + c < p.d;
+    DEVICE void fetch(const Params& p, int number, int64 first, int64 row0, int rows) {
+        c = number % CHANNELS, b = number / CHANNELS, q = threadIdx.x % LANES;
+        row = row0 + b, channel = first + c;
+        exists = b < rows && channel < p.d;
         if (!exists) return;
-        h = read_states(p.state + ((row0 + b) * p.d + first + c) * p.n, q, (int)p.n);
-        rates = read_states(p.A_log + (first + c) * p.n, q, (int)p.n);
+        h = read_states(p.state + (row * p.d + channel) * p.n, q, (int)p.n);
+        rates = read_states(p.A_log + channel * p.n, q, (int)p.n);
+        bias = p.dt_bias[channel], skip = p.D[channel];
+    }
+    DEVICE void fetch_inputs(const Params& p) {
+        if (!exists) return;
+        x = load(p.x[row * p.x_b + channel]), z = load(p.z[row * p.z_b + channel]);
+        if constexpr (!RANK) raw = load(p.dt[row * p.dt_b + channel]);
+        const IO *from_B = p.B + row * p.BC_b + q * NPT, *from_C = p.C + row * p.BC_b + q * NPT;
+#pragma unroll
+        for (int i = 0; i < NPT; i++)
+            if (WHOLE_N || q * NPT + i < p.n) B[i] = from_B[i], C[i] = from_C[i];
     }
 
     // Move the states on; the thread's part of the output.
-    DEVICE float step(const Params& p, int64 row, int64 channel, float raw, float x, int q) {
-        const float dt = softplus<sizeof(IO) == 4>(raw + p.dt_bias[channel]);
-        const IO *B = p.B + row * p.BC_b + q * NPT, *C = p.C + row * p.BC_b + q * NPT;
+    DEVICE float step(const Params& p) {
+        if (!exists) return 0.0f;
+        const float dt = softplus<sizeof(IO) == 4>(raw + bias);
         STATE* const to = p.state + (row * p.d + channel) * p.n + q * NPT;
         float y = 0.0f;
 #pragma unroll
@@ -111,44 +131,45 @@ struct Item {
         if constexpr (WHOLE_N) *(States<STATE>*)to = h;
         return y;
     }
+    DEVICE void finish(const Params& p, float y) {
+        if (exists && q == 0) store(p.y + row * p.d + channel, (y + skip * x) * silu(z));
+    }
 };
 
 KERNEL(scan, SCAN_THREADS, 4) {
-    const int64 block = blockIdx.x % p.channel_blocks, row0 = blockIdx.x / p.channel_blocks * p.rows;
-    const int64 first = block * CHANNELS;
-    const int rows = (int)(p.batch - row0 < p.rows ? p.batch - row0 : p.rows);
+    const int64 row0 = blockIdx.x / p.channel_blocks * p.rows, first = blockIdx.x % p.channel_blocks * CHANNELS;
+    const int rows = (int)(p.batch - row0 < p.rows ? p.batch - row0 : p.rows), own = threadIdx.x / LANES;
     auto& steps = *(float (*)[MOST_ROWS][CHANNELS])shared_memory;
-    const int q = threadIdx.x % LANES, own = threadIdx.x / LANES;
     Item items[PASSES];
     const auto fetch = [&](int base) {
 #pragma unroll
-        for (int i = 0; i < PASSES; i++) items[i].fetch(p, base + own + i * AT_ONCE, first, row0, rows, q);
+        for (int i = 0; i < PASSES; i++) items[i].fetch(p, base + own + i * AT_ONCE, first, row0, rows);
     };
+    const auto fetch_inputs = [&] {
+#pragma unroll
+        for (int i = 0; i < PASSES; i++) items[i].fetch_inputs(p);
+    };
+    Projection projection;
     fetch(0);
+    if constexpr (RANK) projection.fetch(p, first);
+    let_next_kernel_start();
+    wait_for_earlier_kernels();
+    fetch_inputs();
     if constexpr (RANK) {
-        project(steps, p, first, row0, rows);
+        projection.multiply(steps, p, row0, rows);
         block_barrier();
-    } else {
-        let_next_kernel_start();
-        wait_for_earlier_kernels();
     }
     for (int base = 0; base < rows * CHANNELS; base += AT_ONCE * PASSES) {
-        if (base > 0) fetch(base);
+        if (base > 0) fetch(base), fetch_inputs();
 #pragma unroll
         for (int i = 0; i < PASSES; i++) {
             Item& item = items[i];
-            const int64 row = row0 + item.b, channel = first + item.c;
-            float y[1] = {0.0f}, x = 0.0f;
-            if (item.exists) {
-                x = load(p.x[row * p.x_b + channel]);
-                const float raw = RANK ? steps[item.b][item.c] : load(p.dt[row * p.dt_b + channel]);
-                y[0] = item.step(p, row, channel, raw, x, q);
+            if constexpr (RANK) {
+                if (item.exists) item.raw = steps[item.b][item.c];
             }
+            float y[1] = {item.step(p)};
             sum_lanes<1, 1, LANES>(y, (int)threadIdx.x % 32);  // of all threads: idle ones add nothing
-            if (item.exists && q == 0) {
-                const float out = (y[0] + p.D[channel] * x) * silu(load(p.z[row * p.z_b + channel]));
-                store(p.y + row * p.d + channel, out);
-            }
+            item.finish(p, y[0]);
         }
     }
 }

@@ -65,6 +65,15 @@ DEVICE void unpack16(float (&to)[N], const Words4& from) {
 // ---------------------------------------------------------------------------------------------------------
 // Vectors
 
+// Ask for `size` weights to be copied to shared memory; whoever reads them waits for copies first. Where they cannot
+// be copied 16 bytes at a time, they are read where they are.
+DEVICE const IO* stage(IO* to, const IO* from, int size) {
+    if constexpr (!ALIGNED) return from;
+    for (int c = threadIdx.x * VEC; c < size; c += THREADS * VEC) copy16_async(to + c, from + c);
+    copies_commit();
+    return to;
+}
+
 // N rows of activations and what to do with them on their way.
 template <typename In>
 struct Source {
@@ -106,6 +115,7 @@ DEVICE void normalise(IO* to, int pitch, const Source<In>& s, float* scratch) {
         }
         const int first = sum_lanes<N, 1, 32>(squares, lane);
         scratch[warp * N + first] = squares[0];
+        copies_wait<0>();  // of the weights
         block_barrier();
         float root[N];
 #pragma unroll
