@@ -152,6 +152,14 @@ def test_logits_are_the_callers(imitated):
     assert not torch.equal(kept[2], kept[3])
 
 
+def test_inference_mode_may_come_and_go(imitated):
+    state, token = models.build("hybrid").init_state(2), torch.zeros(2, dtype=torch.int64)
+    with torch.inference_mode():
+        imitated.step(token, state)
+    imitated.step(token + 1, state)
+    assert torch.equal(imitated._tokens, token + 1)
+
+
 def test_a_decoder_keeps_no_state_alive(imitated):
     state = models.build("hybrid").init_state(1)
     for _ in range(3):
@@ -166,6 +174,7 @@ def test_a_decoder_keeps_no_state_alive(imitated):
     ("tokens", "reason"),
     [
         (torch.zeros(1, 1, dtype=torch.int64), r"tokens is \(1, 1\) torch.int64"),
+        (torch.zeros(0, dtype=torch.int64), r"expected integers \(b,\), b >= 1"),
         (torch.zeros(1), r"tokens is \(1,\) torch.float32"),
         (torch.zeros(2, dtype=torch.int64), "expected 2 rows on cpu"),
         (torch.zeros(1, dtype=torch.int64, device="meta"), "on meta, expected integers"),

@@ -207,13 +207,28 @@ class Adapted(nn.Linear):
 def test_a_block_that_is_not_what_it_seems_runs_by_its_own_forward(name, change, reason):
     model = models.build(name)
     change(model.backbone.blocks[1].mixer)
-    assert reason in unsupported_block(model.backbone.blocks[1])
-    assert unsupported_block(model.backbone.blocks[0]) is None
+    assert reason in unsupported_block(model.backbone.blocks[1], model.embedding.weight)
+    assert unsupported_block(model.backbone.blocks[0], model.embedding.weight) is None
     if "Adapted" in reason:
         token = models.tokens(2, 1)
         found = fused(model)(token[:, 0], model.init_state(2))
         with torch.no_grad():
             torch.testing.assert_close(found, model(token, model.init_state(2))[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_another_type_run_by_their_own_forward():
+    model = models.build("mamba2", torch.bfloat16)
+    model.embedding.float()
+    token = models.tokens(2, 1)
+    assert "is torch.bfloat16 on cpu, expected torch.float32" in unsupported_block(
+        model.backbone.blocks[0], model.embedding.weight
+    )
+    model.backbone.blocks[0].float()
+    found = fused(model)(token[:, 0], model.init_state(2))
+    with torch.no_grad():
+        wanted = model(token, model.init_state(2))[:, -1]
+    assert found.dtype == wanted.dtype == BF16
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +240,7 @@ def test_a_block_that_is_not_what_it_seems_runs_by_its_own_forward(name, change,
 )
 def test_sizes_beyond_the_kernels_run_by_their_own_forward(config, reason):
     model = models.build("mamba1", mixers={"M": config})
-    assert reason in unsupported_block(model.backbone.blocks[0])
+    assert reason in unsupported_block(model.backbone.blocks[0], model.embedding.weight)
 
 
 def test_long_vectors_leave_the_products_to_pytorch():

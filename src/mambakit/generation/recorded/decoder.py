@@ -42,7 +42,7 @@ class RecordedDecoder:
         is_recorded: Whether the last step was replayed.
     """
 
-    def __init__(self, model: LanguageModel, *, fused: bool | None = None, overlap: bool = False) -> None:
+    def __init__(self, model: LanguageModel, *, fused: bool | None = None, overlap: bool = True) -> None:
         reason = self.supports(model)
         if reason is not None:
             raise ValueError(f"this model's decoding cannot be recorded: {reason}")
@@ -126,10 +126,15 @@ class RecordedDecoder:
             ValueError: Tokens of another shape, type or device, `out` of another shape, or a state that does
                 not fit.
         """
-        if tokens.dim() != 1 or tokens.dtype not in _INTEGERS or tokens.device != self._device:
+        if (
+            tokens.dim() != 1
+            or len(tokens) == 0
+            or tokens.dtype not in _INTEGERS
+            or tokens.device != self._device
+        ):
             raise ValueError(
                 f"tokens is {tuple(tokens.shape)} {tokens.dtype} on {tokens.device}, "
-                f"expected integers (b,) on {self._device}"
+                f"expected integers (b,), b >= 1, on {self._device}"
             )
         if out is not None and out.shape != (len(tokens), self._vocab_size):
             raise ValueError(f"out has shape {tuple(out.shape)}, expected {(len(tokens), self._vocab_size)}")
@@ -171,7 +176,8 @@ class RecordedDecoder:
         # Weakly: a decoder that is kept must not keep gigabytes of states with it.
         self._leaves = [weakref.ref(tensor) for _, tensor in state.tensors()]
         if len(self._tokens) != len(tokens):
-            self._tokens = torch.empty(len(tokens), dtype=torch.int64, device=self._device)
+            with torch.inference_mode(False):  # later steps may be outside of it
+                self._tokens = torch.empty(len(tokens), dtype=torch.int64, device=self._device)
 
     def _normally(self, state: State) -> Tensor:
         # On the stream of the recording, which asks for libraries that are warm there.

@@ -58,12 +58,21 @@ class FusedForward:
         ValueError: A model of which nothing can be fused, with the reason.
     """
 
-    def __init__(self, model: LanguageModel, *, overlap: bool = False) -> None:
+    def __init__(self, model: LanguageModel, *, overlap: bool = True) -> None:
         reason = self.unsupported(model)
         if reason is not None:
             raise ValueError(f"this model cannot be fused: {reason}")
         self.model, self.overlap = model, overlap
-        self._fused = [unsupported_block(block) is None for block in model.backbone.blocks]
+        weight = model.embedding.weight
+        self._fused = [unsupported_block(block, weight) is None for block in model.backbone.blocks]
+        last = model.backbone.norm_f, model.lm_head
+        self._fused_head = (
+            _is_plain(last[0], RMSNorm)
+            and _is_plain(last[1], nn.Linear)
+            and all(
+                _unlike(p, weight.dtype, weight.device) is None for part in last for p in part.parameters()
+            )
+        )
         self._widest = max(part.in_features for part in model.modules() if isinstance(part, nn.Linear))
 
     @staticmethod
@@ -81,9 +90,11 @@ class FusedForward:
         weight = model.embedding.weight
         if reason := cuda.runs_on(weight.device):
             return f"it {reason}"
-        if not _is_plain(model.embedding, nn.Embedding) or weight.dtype not in cuda.TYPES:
-            return f"its embedding is {type(model.embedding).__name__} in {weight.dtype}"
-        reasons = [unsupported_block(block) for block in model.backbone.blocks]
+        if not _is_plain(model.embedding, nn.Embedding) or not weight.is_contiguous():
+            return f"its embedding is {type(model.embedding).__name__}, has hooks or is not contiguous"
+        if weight.dtype not in cuda.TYPES:
+            return f"it takes float32, bfloat16 and float16, not {weight.dtype}"
+        reasons = [unsupported_block(block, weight) for block in model.backbone.blocks]
         return None if None in reasons else f"block 0: {reasons[0]}"
 
     @torch.no_grad()
@@ -109,17 +120,18 @@ class FusedForward:
                 _STEPS[type(block.mixer)](run, block, own)
             else:
                 run.ordinary(block, own)
-        if _is_plain(backbone.norm_f, RMSNorm) and _is_plain(model.lm_head, nn.Linear):
+        if self._fused_head:
             return run.linear(model.lm_head, backbone.norm_f)
         features = backbone.norm_f(run.settled()).to(backbone.norm_f.weight.dtype)
         return model.lm_head(features)
 
 
-def unsupported_block(block: Block) -> str | None:
+def unsupported_block(block: Block, like: Tensor) -> str | None:
     """Say why a block cannot be fused, or `None`.
 
     Args:
         block: Any block.
+        like: A tensor of the type and on the device of all weights.
 
     Returns:
         A reason.
@@ -132,13 +144,10 @@ def unsupported_block(block: Block) -> str | None:
     for name, module in mixer.named_modules():
         if not _is_plain(module, *_PARTS[type(mixer)]):
             return f"{name or 'the mixer'} is {type(module).__name__}, or has hooks"
-    dtype, device = block.norm.weight.dtype, block.norm.weight.device
     for name, parameter in block.named_parameters():
-        expected = torch.float32 if name.rpartition(".")[2] in _SCALARS else dtype
-        if parameter.dtype != expected or parameter.device != device or not parameter.is_contiguous():
-            return f"{name} is {parameter.dtype} on {parameter.device}, expected {expected} on {device}"
-    if dtype not in cuda.TYPES:
-        return f"takes float32, bfloat16 and float16, not {dtype}"
+        expected = torch.float32 if name.rpartition(".")[2] in _SCALARS else like.dtype
+        if reason := _unlike(parameter, expected, like.device):
+            return f"{name} is {reason}"
     for size, most in (("d_conv", MOST_TAPS), ("d_state", MOST_STATES)):
         if getattr(mixer.config, size, 0) > most:
             return f"takes {size} up to {most}, not {getattr(mixer.config, size)}"
@@ -149,6 +158,13 @@ def _is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
     """Whether a module is exactly of one of these types and nobody listens to it."""
     listened = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) in types and not listened
+
+
+def _unlike(parameter: Tensor, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What a parameter is if it is not what the kernels read, or None."""
+    if parameter.dtype == dtype and parameter.device == device and parameter.is_contiguous():
+        return None
+    return f"{parameter.dtype} on {parameter.device}, expected {dtype} on {device}, contiguous"
 
 
 def _unfit(state: State) -> str | None:
