@@ -21,7 +21,7 @@ class Driver:
         return 0
 
     def cuLaunchKernelEx(self, launch, function, params, extra):
-        # As the driver reads it: CUlaunchConfig, 56 bytes, and CUlaunchAttribute, 72 (cuda.h of CUDA 12 and 13).
+        # As the driver reads it: CUlaunchConfig (56 bytes), CUlaunchAttribute (72) of CUDA 12 and 13.
         raw = ctypes.string_at(ctypes.addressof(launch._obj), 56)
         words = [int.from_bytes(raw[4 * i : 4 * i + 4], "little") for i in range(7)]
         stream, attributes = (int.from_bytes(raw[at : at + 8], "little") for at in (32, 40))

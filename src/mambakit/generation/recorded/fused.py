@@ -32,6 +32,7 @@ from mambakit.layers.mixer import Mixer, State
 from mambakit.layers.mlp import ACTIVATIONS, GatedMLP
 from mambakit.layers.norm import GatedRMSNorm, RMSNorm
 from mambakit.layers.selective_ssm import SelectiveSSM
+from mambakit.models.backbone import Backbone
 from mambakit.models.block import Block
 from mambakit.models.language import LanguageModel
 from mambakit.ops import cuda
@@ -87,6 +88,8 @@ class FusedForward:
         """
         if type(model) is not LanguageModel:
             return f"it takes a LanguageModel, not {type(model).__name__}"
+        if type(model.backbone) is not Backbone:
+            return f"it takes a Backbone, not {type(model.backbone).__name__}"
         weight = model.embedding.weight
         if reason := cuda.runs_on(weight.device):
             return f"it {reason}"
@@ -139,8 +142,9 @@ def unsupported_block(block: Block, like: Tensor) -> str | None:
     mixer = block.mixer
     if type(mixer) not in _PARTS:
         return f"{type(mixer).__name__} has no fused kernels"
-    if type(block) is not Block or not _is_plain(block.norm, RMSNorm):
-        return f"its norm is {type(block.norm).__name__}"
+    for part, expected in ((block, Block), (block.norm, RMSNorm)):
+        if not _is_plain(part, expected):
+            return f"it is or holds {type(part).__name__}, not {expected.__name__}, or that has hooks"
     for name, module in mixer.named_modules():
         if not _is_plain(module, *_PARTS[type(mixer)]):
             return f"{name or 'the mixer'} is {type(module).__name__}, or has hooks"
