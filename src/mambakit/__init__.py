@@ -10,7 +10,7 @@ The names that most programs need. Importing them needs torch, numpy and safeten
 
 from mambakit import layers, models, ops
 from mambakit.config import Config, ConfigError
-from mambakit.generation import DecodeEngine, Sampling, generate, stream, stream_text
+from mambakit.generation import DecodeEngine, RecordedDecoder, Sampling, generate, stream, stream_text
 from mambakit.layers import (
     S4,
     S4D,
@@ -59,6 +59,7 @@ __all__ = [
     "Mamba2Config",
     "Mixer",
     "MixerConfig",
+    "RecordedDecoder",
     "S4Config",
     "S4DConfig",
     "Sampling",

@@ -24,6 +24,16 @@ def test_clone_is_independent():
     assert state["0"]["ssm"].abs().sum() > 0
 
 
+def test_to_narrows_what_is_floating_point_in_a_copy():
+    state = example()
+    narrow = state.to(torch.bfloat16)
+    assert torch.equal(narrow["0"]["ssm"], state["0"]["ssm"].bfloat16())
+    assert torch.equal(narrow["1"]["k"], state["1"]["k"])
+    assert narrow["1"]["length"].dtype == torch.int64
+    for (_, tensor), (_, copied) in zip(state.tensors(), narrow.tensors(), strict=True):
+        assert copied.data_ptr() != tensor.data_ptr()
+
+
 def test_select_reorders_and_repeats_rows():
     state = example()
     chosen = state.select(torch.tensor([2, 0, 2, 1]))

@@ -41,7 +41,7 @@ def generate(
         str,
         typer.Option(
             metavar="FORM",
-            help="Decode on a CPU with weights in float32, bfloat16, int8 or int4; off; auto.",
+            help="On a CPU: weights in float32, bfloat16, int8 or int4; on a GPU: recorded; off; auto.",
         ),
     ] = "auto",
     backend: Backend = None,

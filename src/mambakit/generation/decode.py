@@ -2,7 +2,8 @@
 
 The prompt goes through the model's ordinary forward in pieces, each handing its state to the next (so a long
 prompt needs the memory of one piece); then every new token goes through the same forward with length one, or,
-on a CPU and for models that it takes, through the decode engine, which continues the very same state.
+for models that they take, through the decode engine (on a CPU) or a recorded step (on a GPU), which continue
+the very same state.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mambakit.generation.engine import DecodeEngine, engine_for
+from mambakit.generation.recorded import RecordedDecoder
 from mambakit.generation.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def stream(
     vocab_size: int | None = None,
     state: State | None = None,
     prefill_chunk: int = 4096,
-    engine: DecodeEngine | str = "auto",
+    engine: DecodeEngine | RecordedDecoder | str = "auto",
 ) -> Iterator[Tensor]:
     """Yield new tokens as they are chosen.
 
@@ -49,8 +51,9 @@ def stream(
             the stream ends it covers everything but the last token that was yielded.
         prefill_chunk: The prompt is read in pieces of this many tokens.
         engine: Decode engine for the new tokens: one that was made of this model, or `float32`, `bfloat16`,
-            `int8`, `int4` to make one with weights in this form; `off` for the model's own forward; `auto`
-            for an engine that loses no precision where one can be had and is worth making.
+            `int8`, `int4` to make one with weights in this form (CPU); `recorded` for a step recorded once
+            and replayed (GPU); `off` for the model's own forward; `auto` for whichever of them loses no
+            precision, can be had and is worth making.
 
     Yields:
         The next token of each row `(b,)`, int64.
@@ -78,7 +81,7 @@ def generate(
     vocab_size: int | None = None,
     state: State | None = None,
     prefill_chunk: int = 4096,
-    engine: DecodeEngine | str = "auto",
+    engine: DecodeEngine | RecordedDecoder | str = "auto",
 ) -> Tensor:
     """Generate a continuation of each prompt; the arguments are those of `stream`.
 
@@ -122,7 +125,7 @@ def _stream(
     stop_tokens: Sequence[int],
     state: State,
     prefill_chunk: int,
-    engine: DecodeEngine | None,
+    engine: DecodeEngine | RecordedDecoder | None,
 ) -> Iterator[Tensor]:
     batch, logits = len(tokens), None
     stops = torch.tensor(stop_tokens, dtype=torch.int64, device=tokens.device)

@@ -17,6 +17,7 @@ from mambakit.generation.sampling import Sampling
 
 if TYPE_CHECKING:
     from mambakit.generation.engine import DecodeEngine
+    from mambakit.generation.recorded import RecordedDecoder
     from mambakit.models.language import LanguageModel
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders put where bytes are no character (yet)
@@ -133,7 +134,7 @@ def stream_text(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
-    engine: DecodeEngine | str = "auto",
+    engine: DecodeEngine | RecordedDecoder | str = "auto",
 ) -> Iterator[str]:
     """Yield the continuation of a prompt as text, piece by piece.
 

@@ -41,6 +41,25 @@ DEVICE void copy16_async(void* shared, const void* global) {
     unsigned to = (unsigned)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global));
 }
+// 16 bytes that are read once: asked for where this stands, and not kept in the nearest cache.
+DEVICE Words4 load16_once(const void* from) {
+    Words4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    return x;
+}
+// A kernel launched with `overlap` starts while the one before it still runs: it may read nothing that others
+// write before it has waited. Elsewhere these do nothing.
+DEVICE void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
 DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
@@ -141,6 +160,16 @@ DEVICE float softplus(float x) {
 
 // ---------------------------------------------------------------------------------------------------------
 // Sums across lanes
+
+// The index that `sum_lanes` returns.
+template <int COUNT, int STRIDE, int END>
+DEVICE int first_sum(int lane) {
+    if constexpr (STRIDE >= END || COUNT == 1) {
+        return 0;
+    } else {
+        return (lane & STRIDE ? COUNT / 2 : 0) + first_sum<COUNT / 2, 2 * STRIDE, END>(lane);
+    }
+}
 
 // Sum each of COUNT values over the lanes that differ in the bits STRIDE, 2 STRIDE, ... below END. With every
 // halving a lane keeps half of its values, so that COUNT values cost COUNT - 1 exchanges and not COUNT times the

@@ -32,6 +32,37 @@ TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 LEAST_CAPABILITY = (8, 0)
 """Oldest GPUs with what the kernels use: asynchronous copies and bf16."""
 
+LEAST_OVERLAPPING = (9, 0)
+"""Oldest GPUs on which a kernel can start before the one before it has ended."""
+_MAY_START_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an identifier, and a value in a union of 64 bytes."""
+
+    _fields_ = [
+        ("id", ctypes.c_int),
+        ("_pad", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("_rest", ctypes.c_char * 60),
+    ]
+
+    def __init__(self, number: int, value: int) -> None:
+        super().__init__(id=number, value=value)
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z")),
+        *((name, ctypes.c_uint) for name in ("block_x", "block_y", "block_z")),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
 
 class CompilationError(RuntimeError):
     """NVRTC refused a kernel; the message holds its log."""
@@ -77,6 +108,7 @@ class Source:
         threads: int,
         shared: int,
         device: torch.device,
+        overlap: bool = False,
     ) -> None:
         """Start a kernel on the current stream.
 
@@ -88,6 +120,8 @@ class Source:
             threads: Threads of a block.
             shared: Bytes of dynamic shared memory.
             device: Where to run.
+            overlap: Let it start while the kernel before it still runs, where the GPU can; the kernel itself
+                waits before it reads what others write (`wait_for_earlier_kernels` of `cuda.cuh`).
 
         Raises:
             CompilationError: The kernel does not compile.
@@ -98,7 +132,7 @@ class Source:
         if kernel is None:
             words = [f"-DKERNEL_{name}", *(f"-D{k}={v}" for k, v in settings.items())]
             kernel = self._kernels[key] = make(self.text(name), name, words, device)
-        kernel(params, blocks, threads, shared)
+        kernel(params, blocks, threads, shared, overlap)
 
 
 class Kernel:
@@ -114,12 +148,15 @@ class Kernel:
             found = _driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode())
             _check(found, f"finding {name}")
         self._shared = 0
+        self._can_overlap = torch.cuda.get_device_capability(device) >= LEAST_OVERLAPPING
 
-    def __call__(self, params: ctypes.Structure, blocks: int, threads: int, shared: int) -> None:
+    def __call__(
+        self, params: ctypes.Structure, blocks: int, threads: int, shared: int, overlap: bool = False
+    ) -> None:
         """Start `blocks` blocks on the current stream."""
         if self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
-                return self(params, blocks, threads, shared)
+                return self(params, blocks, threads, shared, overlap)
         if shared > max(self._shared, 48 * 1024):
             # 8: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(
@@ -128,9 +165,16 @@ class Kernel:
             self._shared = shared
         pointer = ctypes.c_void_p(ctypes.addressof(params))
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device.index))
-        code = _driver().cuLaunchKernel(
-            self._function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.byref(pointer), None
-        )
+        if overlap and self._can_overlap:
+            attribute = _Attribute(_MAY_START_EARLY, 1)
+            launch = _Launch(blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.pointer(attribute), 1)
+            code = _driver().cuLaunchKernelEx(
+                ctypes.byref(launch), self._function, ctypes.byref(pointer), None
+            )
+        else:
+            code = _driver().cuLaunchKernel(
+                self._function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.byref(pointer), None
+            )
         return _check(code, f"launching {self.name}")
 
 

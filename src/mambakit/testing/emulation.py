@@ -78,4 +78,10 @@ def _make(text: str, name: str, words: list[str], device: torch.device) -> Calla
             os.replace(built, library)
     run = ctypes.CDLL(str(library)).run
     run.argtypes = [ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_int]
-    return lambda params, blocks, threads, shared: run(ctypes.addressof(params), blocks, threads, shared)
+
+    def start(
+        params: ctypes.Structure, blocks: int, threads: int, shared: int, overlap: bool = False
+    ) -> None:
+        run(ctypes.addressof(params), blocks, threads, shared)
+
+    return start

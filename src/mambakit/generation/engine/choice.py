@@ -14,12 +14,14 @@ from mambakit.config import unknown
 from mambakit.generation.engine import program
 from mambakit.generation.engine.engine import DecodeEngine
 from mambakit.generation.engine.weights import FORMS, Form
+from mambakit.generation.recorded import RecordedDecoder
+from mambakit.generation.recorded import choice as recorded
 from mambakit.ops.dispatch import is_forced
 
 if TYPE_CHECKING:
     from mambakit.layers.mixer import State
 
-CHOICES = ("auto", "off", *FORMS)
+CHOICES = ("auto", "off", "recorded", *FORMS)
 """What may be asked for by name."""
 
 _WORTH_PACKING = 64  # tokens; packing takes as long as some dozen tokens of the ordinary forward
@@ -28,12 +30,13 @@ _said: set[str] = set()
 
 
 def engine_for(
-    model: nn.Module, wanted: DecodeEngine | str, state: State, batch: int, max_tokens: int
-) -> DecodeEngine | None:
+    model: nn.Module, wanted: DecodeEngine | RecordedDecoder | str, state: State, batch: int, max_tokens: int
+) -> DecodeEngine | RecordedDecoder | None:
     """Find the engine that generates, or `None` for the model's ordinary forward.
 
-    An engine asked for by name that cannot be had is said once, with the reason, as a warning. `auto` takes
-    one where the model and this machine allow it, nothing is lost (float32, or bfloat16 for a model in
+    An engine asked for by name that cannot be had is said once, with the reason, as a warning. On a GPU
+    `auto` records where the model allows it and more than a few tokens are to come. On a CPU it takes an
+    engine where the model and this machine allow it, nothing is lost (float32, or bfloat16 for a model in
     bfloat16), no backend of the operators is forced, more than a few tokens are to come, and its weights
     leave half of the free memory. The last engine of a model is kept until its parameters change or the model
     is gone.
@@ -51,8 +54,8 @@ def engine_for(
     Raises:
         ValueError: An unknown name, or a state that the given engine cannot continue.
     """
-    if isinstance(wanted, DecodeEngine):
-        reason = DecodeEngine.unsupported_state(model, state, batch)
+    if isinstance(wanted, (DecodeEngine, RecordedDecoder)):
+        reason = wanted.unsupported_state(model, state, batch)
         if reason is not None:
             raise ValueError(f"the decode engine cannot continue this state: {reason}")
         return wanted
@@ -61,6 +64,13 @@ def engine_for(
     if wanted == "off":
         return None
     if wanted == "auto" and is_forced():
+        return None
+    if wanted == "recorded" or (wanted == "auto" and any(p.is_cuda for p in model.parameters())):
+        reason = recorded.reason_against(model, state, batch)
+        if reason is None and (wanted != "auto" or recorded.is_worth_it(model, max_tokens)):
+            return recorded.decoder_for(model, state)
+        if reason is not None and wanted != "auto":
+            _say_once(f"generating without a recorded step: {reason}")
         return None
     reason = DecodeEngine.supports(model) or DecodeEngine.unsupported_state(model, state, batch)
     if reason is not None:

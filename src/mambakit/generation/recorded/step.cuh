@@ -1,0 +1,200 @@
+// What the kernels of one decoding step share: vectors brought to shared memory (normalised on the way), one token
+// of the convolution, and the streaming of weights.
+//
+// Producing a token reads every weight once, so a kernel is as fast as it keeps reads in flight. All of them follow
+// one plan: ask for weights and states, which no earlier kernel of the step writes; wait for the earlier kernels;
+// bring in the activations; compute. Activations are rounded where the model's own forward rounds them.
+//
+// Settings of every compilation: IO (float, bf16, half: weights and activations), RES (the residual stream's type),
+// ALIGNED (16-byte accesses are possible).
+
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+constexpr int VEC = 16 / sizeof(IO);  // weights of one load
+
+DEVICE float rounded(float x) {
+    IO y;
+    store(&y, x);
+    return load(y);
+}
+
+DEVICE float silu(float x) { return x * sigmoid(x); }
+
+// Up to eight consecutive numbers, zero beyond `left`.
+template <typename T>
+DEVICE void load_some(float (&to)[8], const T* from, int left) {
+    if constexpr (ALIGNED) {
+        load8(to, from);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] = i < left ? load(from[i]) : 0.0f;
+    }
+}
+
+template <typename T>
+DEVICE void store_some(T* to, const float (&from)[8], int left) {
+    if constexpr (ALIGNED) {
+        store8(to, from);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (i < left) store(to + i, from[i]);
+    }
+}
+
+// 16 bytes of weights, zero beyond `left`.
+DEVICE Words4 load_weights(const IO* from, int left) {
+    if constexpr (ALIGNED) {
+        return left > 0 ? load16_once(from) : Words4{0, 0, 0, 0};
+    } else {
+        float numbers[VEC];
+        unsigned words[4];
+#pragma unroll
+        for (int i = 0; i < VEC; i++) numbers[i] = i < left ? load(from[i]) : 0.0f;
+        pack<IO, VEC>(words, numbers);
+        return Words4{words[0], words[1], words[2], words[3]};
+    }
+}
+
+template <int N, typename T>
+DEVICE void unpack16(float (&to)[N], const Words4& from) {
+    const unsigned words[4] = {from.x, from.y, from.z, from.w};
+    unpack<T, N>(to, words);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Vectors
+
+// Ask for `size` weights to be copied to shared memory; whoever reads them waits for copies first. Where they cannot
+// be copied 16 bytes at a time, they are read where they are.
+DEVICE const IO* stage(IO* to, const IO* from, int size) {
+    if constexpr (!ALIGNED) return from;
+    for (int c = threadIdx.x * VEC; c < size; c += THREADS * VEC) copy16_async(to + c, from + c);
+    copies_commit();
+    return to;
+}
+
+// N rows of activations and what to do with them on their way.
+template <typename In>
+struct Source {
+    In* from;              // rows of `groups` x `size` numbers, `stride` apart
+    const IO *add, *gate;  // added to them first, and kept; multiplied by their SiLU last; or null
+    const IO* weight;      // of the norm
+    int64 stride, add_stride, gate_stride;
+    int rows, groups, size;
+    float eps;
+};
+
+// to = round(x / sqrt(mean(x^2) + eps) * weight [* silu(gate)]) by groups of channels; rows `pitch` apart. `scratch`
+// holds WARPS x N floats. All threads of the block come here; the caller sets a barrier behind.
+template <int N, typename In>
+DEVICE void normalise(IO* to, int pitch, const Source<In>& s, float* scratch) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int g = 0; g < s.groups; g++) {
+        float squares[N];
+#pragma unroll
+        for (int j = 0; j < N; j++) squares[j] = 0.0f;
+        for (int c = threadIdx.x * 8; c < s.size; c += THREADS * 8) {
+            const int at = g * s.size + c, left = s.size - c;
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+                if (j >= s.rows) continue;
+                float x[8];
+                load_some(x, s.from + j * s.stride + at, left);
+                if (s.add) {
+                    float more[8];
+                    load_some(more, s.add + j * s.add_stride + at, left);
+#pragma unroll
+                    for (int i = 0; i < 8; i++) x[i] += more[i];
+                    store_some(s.from + j * s.stride + at, x, left);
+                    if constexpr (sizeof(In) < 4) load_some(x, s.from + j * s.stride + at, left);
+                }
+#pragma unroll
+                for (int i = 0; i < 8; i++) squares[j] += x[i] * x[i];
+            }
+        }
+        const int first = sum_lanes<N, 1, 32>(squares, lane);
+        scratch[warp * N + first] = squares[0];
+        copies_wait<0>();  // of the weights
+        block_barrier();
+        float root[N];
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) sum += scratch[w * N + j];
+            root[j] = 1.0f / sqrtf(sum / s.size + s.eps);
+        }
+        for (int c = threadIdx.x * 8; c < s.size; c += THREADS * 8) {
+            const int at = g * s.size + c, left = s.size - c;
+            float weight[8];
+            load_some(weight, s.weight + at, left);
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+                if (j >= s.rows) continue;
+                float x[8];
+                load_some(x, s.from + j * s.stride + at, left);  // from the nearest cache
+#pragma unroll
+                for (int i = 0; i < 8; i++) x[i] *= root[j] * weight[i];
+                if (s.gate) {
+                    float z[8];
+                    load_some(z, s.gate + j * s.gate_stride + at, left);
+#pragma unroll
+                    for (int i = 0; i < 8; i++) x[i] *= silu(z[i]);
+                }
+                store_some(to + j * pitch + at, x, left);
+            }
+        }
+        block_barrier();
+    }
+}
+
+// The same without a norm.
+template <int N>
+DEVICE void bring(IO* to, int pitch, const IO* from, int64 stride, int rows, int size) {
+    for (int c = threadIdx.x * 8; c < size; c += THREADS * 8)
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            if (j >= rows) continue;
+            float x[8];
+            load_some(x, from + j * stride + c, size - c);
+            store_some(to + j * pitch + c, x, size - c);
+        }
+}
+
+// Zero what the products read beyond the vectors: padding columns, and rows that do not exist.
+template <int N>
+DEVICE void clear(IO* to, int pitch, int rows, int size) {
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        for (int i = (j < rows ? size : 0) + (int)threadIdx.x; i < pitch; i += THREADS) store(to + j * pitch + i, 0.0f);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// One token of one channel's convolution, W taps
+
+template <int W, typename State>
+struct Window {
+    static constexpr int PAST = W > 1 ? W - 1 : 1;
+    float weight[W], bias, past[PAST];
+    State* state;  // of the oldest input; the next one is `stride` further
+    int64 stride;
+
+    DEVICE void fetch(const IO* weights, const IO* biases, State* states, int64 row, int64 channel, int64 channels) {
+        state = states + row * (W - 1) * channels + channel, stride = channels;
+#pragma unroll
+        for (int k = 0; k < W; k++) weight[k] = load(weights[channel * W + k]);
+        bias = biases ? load(biases[channel]) : 0.0f;
+#pragma unroll
+        for (int k = 0; k < W - 1; k++) past[k] = load(state[k * stride]);
+    }
+    DEVICE float push(float x) {
+        float y = bias;
+#pragma unroll
+        for (int k = 0; k < W - 1; k++) y += weight[k] * past[k];
+        y += weight[W - 1] * x;
+#pragma unroll
+        for (int k = 0; k < W - 1; k++) store(state + k * stride, k + 1 < W - 1 ? past[k + 1] : x);
+        return silu(y);
+    }
+};
