@@ -235,10 +235,12 @@ def test_parts_of_another_type_run_by_their_own_forward():
     ("config", "reason"),
     [
         (Mamba1Config(d_state=257), "d_state up to 256, not 257"),
+        (Mamba1Config(inner_norm="learned"), "it has inner_norm=learned"),
+        (Mamba2Config(headdim=8, gated_norm=False), "it has gated_norm=False"),
         (Mamba2Config(d_conv=9, headdim=8), "d_conv up to 8, not 9"),
     ],
 )
-def test_sizes_beyond_the_kernels_run_by_their_own_forward(config, reason):
+def test_sizes_and_settings_beyond_the_kernels_run_by_their_own_forward(config, reason):
     model = models.build("mamba1", mixers={"M": config})
     assert reason in unsupported_block(model.backbone.blocks[0], model.embedding.weight)
 

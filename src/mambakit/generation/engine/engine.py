@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import operator
 import threading
 from collections.abc import Sequence
@@ -11,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mambakit.config import Config, unknown
+from mambakit.config import unknown
 from mambakit.generation.engine import program
 from mambakit.generation.engine.program import MIXERS, MOST_BATCH, STRUCT_BYTES, Args
 from mambakit.generation.engine.weights import FORMS, Form
+from mambakit.generation.settings import unknown_setting
 from mambakit.layers.conv import CausalConv1d
 from mambakit.layers.mixer import State
 from mambakit.layers.norm import GatedRMSNorm, RMSNorm
@@ -85,11 +85,11 @@ class DecodeEngine:
             if type(block.mixer) not in MIXERS:
                 known = ", ".join(mixer.__name__ for mixer in MIXERS)
                 return f"block {number} is {type(block.mixer).__name__}; it takes {known}"
-        reason = _unknown_setting("the model", model.config)
-        for number, block in enumerate(model.backbone.blocks):
-            reason = reason or _unknown_setting(f"block {number}", block.mixer.config)
-        if reason is not None:
-            return reason
+        configs = {"the model": model.config}
+        configs |= {f"block {n}": block.mixer.config for n, block in enumerate(model.backbone.blocks)}
+        for where, config in configs.items():
+            if (setting := unknown_setting(config)) is not None:
+                return f"{where} has {setting}, of which it knows nothing"
         for name, module in model.named_modules():
             reason = _unknown_part(name, module)
             if reason is not None:
@@ -223,15 +223,6 @@ def _unfit(name: str, tensor: Tensor, like: Tensor, batch: int) -> str | None:
         found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
         return f"the state's {name} is {found}, expected {expected} {like.dtype} on the CPU"
     return None if tensor.is_contiguous() else f"the state's {name} is not contiguous"
-
-
-def _unknown_setting(where: str, config: Config) -> str | None:
-    """Why a config may ask for something that the engine does not compute."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in program.SETTINGS[type(config)] and value != field.default:
-            return f"{where} has {field.name}={value}, of which it knows nothing"
-    return None
 
 
 def _unknown_part(name: str, module: nn.Module) -> str | None:

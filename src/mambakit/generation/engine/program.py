@@ -16,16 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from mambakit.config import Config
 from mambakit.generation.engine.arena import ALIGNMENT, Arena
 from mambakit.generation.engine.weights import FORMS, GROUP, PANEL, Form, pack, packed_size
 from mambakit.layers.conv import CausalConv1d
-from mambakit.layers.mamba1 import Mamba1, Mamba1Config
-from mambakit.layers.mamba2 import Mamba2, Mamba2Config
+from mambakit.layers.mamba1 import Mamba1
+from mambakit.layers.mamba2 import Mamba2
 from mambakit.layers.mixer import Mixer
-from mambakit.layers.mlp import GatedMLP, GatedMLPConfig
+from mambakit.layers.mlp import GatedMLP
 from mambakit.layers.norm import GatedRMSNorm, RMSNorm
-from mambakit.models.language import LanguageModel, LanguageModelConfig
+from mambakit.models.language import LanguageModel
 
 MOST_BATCH = 16
 """Sequences that one step takes at most."""
@@ -312,19 +311,6 @@ _LAY: dict[type[Mixer], Callable[[_Builder, str, RMSNorm, Mixer], None]] = {
 }
 MIXERS = tuple(_LAY)
 """Classes of mixers that can be laid down; a subclass may compute something else and is not one of them."""
-_START = frozenset({"dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale", "A_init_range"})
-SETTINGS: dict[type[Config], frozenset[str]] = {
-    LanguageModelConfig: frozenset(
-        {"vocab_size", "d_model", "pattern", "mixers", "norm_eps", "residual_in_fp32", "dropout"}
-        | {"tie_embeddings", "initializer_range"}
-    ),
-    Mamba1Config: _START | {"d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias"},
-    Mamba2Config: _START
-    | {"d_state", "d_conv", "expand", "headdim", "ngroups", "dt_limit", "norm_eps", "norm_before_gate"}
-    | {"conv_bias", "bias"},
-    GatedMLPConfig: frozenset({"expand", "multiple_of", "d_hidden", "activation", "bias"}),
-}
-"""Settings that a program follows, or that do not matter here; any other must have its default."""
 
 
 def size(model: LanguageModel, form: Form) -> int:

@@ -25,6 +25,7 @@ from mambakit.generation.recorded.kernels import (
     Norm,
     padded,
 )
+from mambakit.generation.settings import unknown_setting
 from mambakit.layers.conv import CausalConv1d
 from mambakit.layers.mamba1 import Mamba1
 from mambakit.layers.mamba2 import Mamba2
@@ -39,7 +40,7 @@ from mambakit.ops import cuda
 
 # Parts whose parameters are read here: they must be exactly these, and nobody may listen.
 _PARTS = {
-    Mamba1: (nn.Linear, CausalConv1d, SelectiveSSM, Mamba1),
+    Mamba1: (nn.Linear, nn.Identity, CausalConv1d, SelectiveSSM, Mamba1),
     Mamba2: (nn.Linear, CausalConv1d, GatedRMSNorm, Mamba2),
     GatedMLP: (nn.Linear, GatedMLP),
 }
@@ -90,6 +91,8 @@ class FusedForward:
             return f"it takes a LanguageModel, not {type(model).__name__}"
         if type(model.backbone) is not Backbone:
             return f"it takes a Backbone, not {type(model.backbone).__name__}"
+        if (setting := unknown_setting(model.config)) is not None:
+            return f"the model has {setting}, of which it knows nothing"
         weight = model.embedding.weight
         if reason := cuda.runs_on(weight.device):
             return f"it {reason}"
@@ -142,6 +145,8 @@ def unsupported_block(block: Block, like: Tensor) -> str | None:
     mixer = block.mixer
     if type(mixer) not in _PARTS:
         return f"{type(mixer).__name__} has no fused kernels"
+    if (setting := unknown_setting(mixer.config)) is not None:
+        return f"it has {setting}, of which the kernels know nothing"
     for part, expected in ((block, Block), (block.norm, RMSNorm)):
         if not _is_plain(part, expected):
             return f"it is or holds {type(part).__name__}, not {expected.__name__}, or that has hooks"
