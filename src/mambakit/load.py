@@ -108,17 +108,16 @@ def recognise(found: Mapping[str, Any], where: Path) -> tuple[Family, Layout]:
     """Find the family and layout of a `config.json`.
 
     Raises:
-        CheckpointError: None or, through a mistake in the families, several.
+        CheckpointError: It is of no family.
     """
-    matches = [
-        (family, layout) for family in FAMILIES.values() for layout in family.layouts if layout.matches(found)
-    ]
-    if not matches:
-        kind = found.get("model_type")
-        if kind is None:
-            raise CheckpointError(f"{where} names no model_type, and is not of mamba_ssm either")
-        raise CheckpointError(f"{where}: {unknown('model_type', kind, FAMILIES)}")
-    return matches[0]
+    for family in FAMILIES.values():
+        for layout in family.layouts:
+            if layout.matches(found):
+                return family, layout
+    kind = found.get("model_type")
+    if kind is None:
+        raise CheckpointError(f"{where} names no model_type, and is not of mamba_ssm either")
+    raise CheckpointError(f"{where}: {unknown('model_type', kind, FAMILIES)}")
 
 
 def _described(layout: Layout, found: Mapping[str, Any], where: Path) -> LanguageModelConfig:
