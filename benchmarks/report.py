@@ -73,7 +73,7 @@ gradients, against the float64 reference on a small case and the plain backend a
 turns in one process; medians of the turns, quartiles in brackets. `times as long` compares with the first
 variant, turn by turn. `roofline` is the share of what the limits above allow for the bytes that must move and
 the operations of the formula; it exceeds 100% where data stayed in a cache, or where an algorithm needs fewer
-operations. Processor time is that of all threads."""
+operations. Processor time is that of all threads; on a busy machine it is the one to be compared."""
 
 
 def _limits(lines: Iterable[Line]) -> dict[str, timing.Ceilings]:
@@ -102,13 +102,14 @@ def _peers(lines: Sequence[Line]) -> str:
 
 def _results(lines: Sequence[Line]) -> str:
     """One row per variant, grouped by case."""
-    launched = {work_of(line): line["median"] for line in lines if line.get("clock") == "events"}
     on_gpu = any(line.get("clock") == "graph" for line in lines)
-    extra = "with launches" if on_gpu else "processor time"
-    head = ("work", "variant", "median", extra, "tokens/s", "times as long", "roofline", "error")
+    title, clock, value = (
+        ("with launches", "events", "median") if on_gpu else ("processor time", "host", "cpu_seconds")
+    )
+    others = {work_of(line): line[value] for line in lines if line.get("clock") == clock and value in line}
+    head = ("work", "variant", "median", title, "tokens/s", "times as long", "roofline", "error")
     rows, before, limits = [], None, _limits(lines)
     for line in measured(lines):
-        other = launched.get(work_of(line)) if on_gpu else line["cpu_seconds"]
         over = line.get("over")
         memory = f", {line['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in line else ""
         rows.append(
@@ -116,7 +117,7 @@ def _results(lines: Sequence[Line]) -> str:
                 line["name"] if line["name"] != before else "",
                 line["variant"] + memory,
                 f"{_time(line['median'])} ({_quartiles(line)})",
-                "" if other is None else _time(other),
+                _other(line, others),
                 _count(line["tokens"] / line["median"]) if line["tokens"] else "",
                 f"{over['median']:.2f} ({over['lower']:.2f} to {over['upper']:.2f})" if over else "1",
                 _share(line, limits[line["dtype"]]),
@@ -125,6 +126,16 @@ def _results(lines: Sequence[Line]) -> str:
         )
         before = line["name"]
     return _table(head, rows)
+
+
+def _other(line: Line, others: Mapping[tuple[str, str, str], float]) -> str:
+    """The variant's time by another clock, and how many times as long as the first variant's."""
+    if work_of(line) not in others:
+        return ""
+    time, base = others[work_of(line)], None
+    if "over" in line:
+        base = others.get((line["suite"], line["name"], line["over"]["variant"]))
+    return _time(time) + (f" ({time / base:.2f}x)" if base else "")
 
 
 def _scaling(lines: Sequence[Line], folder: Path) -> list[str]:

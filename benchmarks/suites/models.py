@@ -17,11 +17,12 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.runner import Bench, Case, DeclinedError, Opened, Ready
-from benchmarks.suites import ours
+from benchmarks.suites import OURS, ours
 from benchmarks.work import block_flops, head_flops, weight_bytes
 from mambakit import LanguageModel, LanguageModelConfig, Mamba1Config, Mamba2Config
+from mambakit.generation import DecodeEngine
 from mambakit.testing import speakers
-from mambakit.testing.speakers import Ours, Speaker
+from mambakit.testing.speakers import Ours, Speaker, Step
 
 F32, BF16 = torch.float32, torch.bfloat16
 KINDS = ("mamba1", "mamba2")
@@ -92,6 +93,13 @@ QUICK = (
 SLOW = {("learn", "mamba1", "transformers"): 256}
 """Verb, kind, peer -> most tokens on a CPU: quadratic in length."""
 
+ENGINE = {
+    F32: {"float32": 2e-3},
+    BF16: {"bfloat16": 6e-2, "int8": 6e-2, "int4": 0.5},
+}
+"""Type of the model -> forms in which the decode engine keeps its weights -> largest relative difference of
+logits, as for the peer that quantises too."""
+
 _NAMES = {"read": "prefill", "write": "decode", "learn": "train"}
 
 
@@ -131,6 +139,11 @@ def _open(bench: Bench, work: Work, kind: str) -> Opened:
     model = _model(kind, work.size, work.dtype, bench.device)
     tokens = torch.randint(model.config.vocab_size, (work.batch, work.length + 1), device=bench.device)
     variants: dict[str, Callable[[], Ready]] = {
+        f"{OURS} engine {form}": functools.partial(_by_engine, bench, work, kind, form, bound, model, tokens)
+        for form, bound in ENGINE[work.dtype].items()
+        if work.verb == "write" and bench.device.type == "cpu"
+    }
+    variants |= {
         name: functools.partial(_ready, bench, work, f"{kind}, {name}", Ours(model, backend), model, tokens)
         for name, backend in ours(bench.device).items()
     }
@@ -139,6 +152,27 @@ def _open(bench: Bench, work: Work, kind: str) -> Opened:
             for name, make in _versions(peer, kind, work).items():
                 variants[name] = functools.partial(_theirs, bench, work, kind, peer, make, model, tokens)
     return Opened(variants, *_needs(model, work), work.batch * work.length)
+
+
+class _Engine(Ours):
+    """A model that writes by the decode engine."""
+
+    def __init__(self, model: LanguageModel, form: str, bound: float) -> None:
+        super().__init__(model)
+        self.bound, self._engine = bound, DecodeEngine(model, form)
+        self.weight_bytes = self._engine.weight_bytes
+
+    def decoder(self, batch: int, prompt: Tensor | None = None) -> Step:
+        """See `Speaker.decoder`; without a prompt."""
+        state = self.module.init_state(batch)
+        return lambda token: self._engine.step(token, state)
+
+
+def _by_engine(
+    bench: Bench, work: Work, kind: str, form: str, bound: float, model: LanguageModel, tokens: Tensor
+) -> Ready:
+    speaker = _Engine(model, form, bound)
+    return _ready(bench, work, f"{kind}, decode engine, {form}", speaker, model, tokens)
 
 
 def _versions(peer: str, kind: str, work: Work) -> dict[str, dict[str, Any]]:
