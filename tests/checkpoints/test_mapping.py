@@ -39,6 +39,17 @@ def test_numbers_kinds_rests_and_experts():
     }
 
 
+def test_blocks_counted_by_kind():
+    rows = [
+        Row("blocks.{n}.a", "layers.{i}.mamba", kind="mamba2"),
+        Row("blocks.{n}.a", "layers.{i}.mlp", kind="mlp"),
+    ]
+    shapes = {f"blocks.{n}.a": () for n in range(4)}
+    theirs = ["layers.0.mamba", "layers.0.mlp", "layers.1.mamba", "layers.1.mlp"]
+    assert [*names(rows, shapes, 2 * ["mamba2", "mlp"]).values()] == [(name,) for name in theirs]
+    assert names(rows, shapes, 4 * ["mamba2"])["blocks.3.a"] == ("layers.3.mamba",)
+
+
 @pytest.mark.parametrize(
     ("rows", "shapes", "message"),
     [

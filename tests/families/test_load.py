@@ -115,7 +115,10 @@ def test_an_old_mamba_ssm_config_with_missing_keys_loads(tmp_path):
         ({"ssm_cfg": {"layer": "Mamba9"}}, "of mamba_ssm either"),
         ({"rms_norm": False}, "rms_norm is False"),
         ({"attn_layer_idx": [1]}, "attn_layer_idx is"),
-        ({"d_intermediate": 64}, "d_intermediate is 64"),
+        ({"d_intermediate": 64}, "backbone.layers.0.norm2.weight is missing"),
+        ({"d_intermediate": -64}, "d_hidden"),
+        ({"ssm_cfg": {"layer": "Mamba3", "is_mimo": "no"}}, "is_mimo is 'no', expected true or false"),
+        ({"ssm_cfg": {"layer": "Mamba3", "a_activation": "relu"}}, "unknown a_activation 'relu'"),
     ],
 )
 def test_what_a_mamba_ssm_config_asks_is_never_ignored(tmp_path, changes, message):

@@ -92,9 +92,7 @@ def poisoned(where):
 
 RUNS = list(_runs())
 CHECKED = [run for run in RUNS if run.backend != "reference"]
-CARRYING = [
-    run for run in RUNS if isinstance(run.case.build(Draw(torch.float64)).get("initial_state"), torch.Tensor)
-]
+CARRYING = [run for run in RUNS if run.case.build(Draw(torch.float64)).get("initial_state") is not None]
 PACKED = [run for run in RUNS if "packed" in run.case.name]
 TRACED = [run for run in CHECKED if run.case.name in ("plain", "packed") and run.device == "cpu"]
 
@@ -105,37 +103,61 @@ def run(case, inputs, backend, **extra):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
+def each(function, *values):
+    """Apply a function to tensors, or to the parts of states that are tuples of tensors; others pass."""
+    if isinstance(values[0], tuple) and hasattr(values[0], "_fields"):
+        return type(values[0])(*(each(function, *parts) for parts in zip(*values, strict=True)))
+    return function(*values) if isinstance(values[0], torch.Tensor) else values[0]
+
+
+def parts(values):
+    """Name -> tensor; the parts of a state by dotted names."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif hasattr(value, "_fields"):
+            found |= {f"{name}.{field}": part for field, part in parts(value._asdict()).items()}
+    return found
+
+
 def leaves(inputs):
-    return {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+    return {name: tensor for name, tensor in parts(inputs).items() if tensor.requires_grad}
+
+
+def named(outputs):
+    """The numbers among an operator's outputs, by name."""
+    found = parts({f"output{i}": output for i, output in enumerate(outputs)})
+    return {k: v for k, v in found.items() if v.is_floating_point() or v.is_complex()}
 
 
 def values_and_gradients(case, inputs, backend):
     """Outputs and the gradient of every input under a fixed random weighting of the outputs."""
-    outputs = [o for o in run(case, inputs, backend) if isinstance(o, torch.Tensor)]
+    outputs = named(run(case, inputs, backend))
     generator = torch.Generator().manual_seed(1)
     loss = sum(
         (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype))
         .sum()
         .to(torch.complex128)
         .real
-        for o in outputs
+        for o in outputs.values()
     )
     wanted = leaves(inputs)
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-    named = {f"d{name}": g for name, g in zip(wanted, gradients, strict=True) if g is not None}
-    return {**{f"output{i}": o.detach() for i, o in enumerate(outputs)}, **named}
+    found = {f"d{name}": g for name, g in zip(wanted, gradients, strict=True) if g is not None}
+    return {**{name: o.detach() for name, o in outputs.items()}, **found}
 
 
 def widened(inputs):
     """The same values in float64 (complex128)."""
 
     def widen(value):
-        if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+        if not (value.is_floating_point() or value.is_complex()):
             return value
         wide = torch.complex128 if value.is_complex() else torch.float64
         return value.detach().to(wide).requires_grad_(value.requires_grad)
 
-    return {name: widen(value) for name, value in inputs.items()}
+    return {name: each(widen, value) for name, value in inputs.items()}
 
 
 def error(found, exact):
@@ -181,10 +203,10 @@ def test_halves_with_carried_state_are_the_whole(where):
         y1, middle = run(case, first, backend)
         if inputs.get("seq_idx") is not None:
             same = inputs["seq_idx"][:, cut - 1] == inputs["seq_idx"][:, cut]
-            middle = torch.where(same.view(-1, *[1] * (middle.dim() - 1)), middle, torch.zeros_like(middle))
+            middle = each(lambda m, same=same: torch.where(same.view(-1, *[1] * (m.dim() - 1)), m, 0), middle)
         y2, final = run(case, {**second, "initial_state": middle}, backend)
         torch.testing.assert_close(torch.cat([y1, y2], 1), whole[0], **where.close)
-        torch.testing.assert_close(final, whole[1], **where.close)
+        each(lambda a, b: torch.testing.assert_close(a, b, **where.close), final, whole[1])
 
 
 @pytest.mark.parametrize("where", marked(CARRYING))
@@ -196,15 +218,15 @@ def test_token_by_token_in_place_is_the_scan(where):
         inputs = {**inputs, **{k: inputs[k][:, :12] for k in case.sequence if inputs.get(k) is not None}}
     with torch.no_grad():
         whole, final = run(case, inputs, backend)
-        state = inputs.pop("initial_state").detach().clone()
-        address, outputs = state.data_ptr(), []
+        state = each(lambda s: s.detach().clone(), inputs.pop("initial_state"))
+        addresses, outputs = [s.data_ptr() for s in parts({"": state}).values()], []
         for t in range(whole.shape[1]):
             token = {k: inputs[k][:, t : t + 1] for k in case.sequence if inputs.get(k) is not None}
             y, returned = run(case, {**inputs, **token}, backend, state=state)
-            assert returned.data_ptr() == address
+            assert [s.data_ptr() for s in parts({"": returned}).values()] == addresses
             outputs.append(y)
     torch.testing.assert_close(torch.cat(outputs, 1), whole, **where.close)
-    torch.testing.assert_close(state, final, **where.close)
+    each(lambda a, b: torch.testing.assert_close(a, b, **where.close), state, final)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +264,7 @@ def test_packed_documents_are_separate(where, dtype):
             if name != "seq_idx" and inputs.get(name) is not None:
                 changed[name] = inputs[name].detach().clone()
                 changed[name][0, :border] = 3 * changed[name][0, :border] + 1
-        if isinstance(inputs.get("initial_state"), torch.Tensor):
-            changed["initial_state"] = inputs["initial_state"] * 2 + 1
+        changed |= {k: each(lambda s: s * 2 + 1, v) for k, v in inputs.items() if k == "initial_state"}
         moved = run(case, changed, backend)[0]
     assert not torch.equal(moved[0, :border], packed[0, :border])
     assert torch.equal(moved[0, border:], packed[0, border:])
@@ -253,16 +274,15 @@ def test_packed_documents_are_separate(where, dtype):
 def test_memory_layout_does_not_matter(where):
     case, backend = where.case, where.backend
     inputs = case.build(Draw(torch.float32, where.device))
-    strided = {
-        k: v.detach().repeat_interleave(2, dim=-1)[..., ::2]
-        if isinstance(v, torch.Tensor) and v.dim() > 1
-        else v
-        for k, v in inputs.items()
-    }
+
+    def stride(tensor):
+        return tensor.detach().repeat_interleave(2, dim=-1)[..., ::2] if tensor.dim() > 1 else tensor
+
+    strided = {name: each(stride, value) for name, value in inputs.items()}
     with torch.no_grad():
-        for a, b in zip(run(case, strided, backend), run(case, inputs, backend), strict=True):
-            if isinstance(a, torch.Tensor):
-                torch.testing.assert_close(a, b)
+        found, expected = named(run(case, strided, backend)), named(run(case, inputs, backend))
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
 
 
 @pytest.mark.parametrize("where", marked(TRACED))
@@ -271,17 +291,15 @@ def test_traces_without_graph_breaks(where):
     torch._dynamo.reset()  # otherwise the cases before this one make its shapes symbolic
     inputs = case.build(Draw(torch.float32))
     compiled = torch.compile(lambda **kw: run(case, kw, backend), fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(**inputs), run(case, inputs, backend), strict=True):
-        if isinstance(a, torch.Tensor):
-            torch.testing.assert_close(a, b)
+    found, expected = named(compiled(**inputs)), named(run(case, inputs, backend))
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
 
 
 def _small(case):
     inputs = case.build(Draw(torch.float64))
     return {
-        k: (v[:1, :5] if k in case.sequence else v[:1] if k == "initial_state" else v)
-        if isinstance(v, torch.Tensor)
-        else v
+        k: each(lambda t, k=k: t[:1, :5] if k in case.sequence else t[:1] if k == "initial_state" else t, v)
         for k, v in inputs.items()
     }
 
@@ -289,16 +307,16 @@ def _small(case):
 @pytest.mark.parametrize("where", marked(run for run in TRACED if not run.is_kernel))
 def test_twice_differentiable(where):
     case, backend = where.case, where.backend
-    inputs = {
-        k: v.detach().requires_grad_() if k in leaves(_small(case)) else v for k, v in _small(case).items()
-    }
-    names = list(leaves(inputs))
+    inputs = _small(case)
+    wanted = list(leaves(inputs).values())
 
     def function(*tensors):
-        outputs = run(case, {**inputs, **dict(zip(names, tensors, strict=True))}, backend)
-        return tuple(o for o in outputs if isinstance(o, torch.Tensor))
+        given = {id(old): new for old, new in zip(wanted, tensors, strict=True)}
+        replaced = {k: each(lambda t: given.get(id(t), t), v) for k, v in inputs.items()}
+        return tuple(named(run(case, replaced, backend)).values())
 
-    assert torch.autograd.gradgradcheck(function, tuple(inputs[n] for n in names), nondet_tol=1e-12)
+    leaf = tuple(tensor.detach().requires_grad_() for tensor in wanted)
+    assert torch.autograd.gradgradcheck(function, leaf, nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("op", sorted({case.op for case in CASES}))

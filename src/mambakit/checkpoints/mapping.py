@@ -3,10 +3,11 @@
     Row("backbone.blocks.{i}.norm.weight", "backbone.layers.{i}.norm.weight")
     Row("backbone.blocks.{2i+1}.in_proj.weight", ("layers.{i}.up.weight", "layers.{i}.gate.weight"), CONCAT)
 
-In our name `{i}`, `{2i}` or `{2i+1}` is the number of a block, which fixes their layer `{i}`, and a trailing
-`*` is any rest, which theirs repeats. `{e}` in their name counts from 0 to the size of our first axis. A row
-may hold for blocks of one kind only. A model's own names are looked up in the rows, so that one list serves
-loading and saving, and a name that no row or two rows explain is an error in the family's file.
+In our name `{i}`, `{2i}` or `{2i+1}` is the number of a block, which fixes their layer `{i}`; or `{n}`, and
+their layer counts the blocks of the row's kind before it. A trailing `*` is any rest, which theirs repeats.
+`{e}` in their name counts from 0 to the size of our first axis. A row may hold for blocks of one kind only.
+A model's own names are looked up in the rows, so that one list serves loading and saving, and a name that
+no row or two rows explain is an error in the family's file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mambakit.checkpoints.transforms import SAME, Transform
 
-_NUMBER = re.compile(r"\{(\d*)i(?:\+(\d+))?\}")
+_NUMBER = re.compile(r"\{(?:n|(\d*)i(?:\+(\d+))?)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Row:
             times, plus = _numbers(self.ours)
             if (block - plus) % times or block < plus or (self.kind and kinds[block] != self.kind):
                 return None
-            layer = (block - plus) // times
+            counted = "{n}" in self.ours
+            layer = kinds[:block].count(self.kind) if counted else (block - plus) // times
         return layer, groups.get("rest", "")
 
 

@@ -11,9 +11,10 @@ from mambakit.families.granite import GRANITE
 from mambakit.families.jamba import JAMBA
 from mambakit.families.mamba import MAMBA
 from mambakit.families.mamba2 import MAMBA2
+from mambakit.families.mamba3 import MAMBA3
 from mambakit.families.nemotron_h import NEMOTRON_H
 
-_ALL = (MAMBA, MAMBA2, FALCON_MAMBA, FALCON_H1, JAMBA, BAMBA, GRANITE, NEMOTRON_H)
+_ALL = (MAMBA, MAMBA2, MAMBA3, FALCON_MAMBA, FALCON_H1, JAMBA, BAMBA, GRANITE, NEMOTRON_H)
 FAMILIES = {family.name: family for family in _ALL}
 """Family by name."""
 

@@ -104,7 +104,7 @@ MAMBA_SSM = Layout(
     "mamba_ssm",
     mamba_ssm.has_layer("Mamba1"),
     mamba_ssm.Mamba1JSON,
-    (Row("embedding.weight", "backbone.embedding.weight"), *BLOCK),
+    mamba_ssm.rows(BLOCK, Mamba1Config),
     {},
     stores_tied_head=True,
     pickled=True,

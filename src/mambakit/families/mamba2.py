@@ -94,7 +94,7 @@ MAMBA_SSM = Layout(
     "mamba_ssm",
     mamba_ssm.has_layer("Mamba2"),
     mamba_ssm.Mamba2JSON,
-    (Row("embedding.weight", "backbone.embedding.weight"), *BLOCK),
+    mamba_ssm.rows(BLOCK, Mamba2Config),
     {},
     stores_tied_head=True,
     pickled=True,

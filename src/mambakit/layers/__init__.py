@@ -6,6 +6,7 @@ Importing this package registers every mixer under its `type`.
 from mambakit.layers.attention import Attention, AttentionConfig
 from mambakit.layers.mamba1 import Mamba1, Mamba1Config
 from mambakit.layers.mamba2 import Mamba2, Mamba2Config
+from mambakit.layers.mamba3 import Mamba3, Mamba3Config
 from mambakit.layers.mixer import Context, Mixer, MixerConfig, State
 from mambakit.layers.mlp import MLP, GatedMLP, GatedMLPConfig, MLPConfig
 from mambakit.layers.moe import MoE, MoEConfig
@@ -29,6 +30,8 @@ __all__ = [
     "Mamba1Config",
     "Mamba2",
     "Mamba2Config",
+    "Mamba3",
+    "Mamba3Config",
     "Mixer",
     "MixerConfig",
     "MoE",

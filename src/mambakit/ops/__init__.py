@@ -13,10 +13,12 @@ from mambakit.ops.long_conv import fft_conv, s4_conv, s4d_conv
 from mambakit.ops.norm import norm
 from mambakit.ops.selective_scan import selective_scan
 from mambakit.ops.ssd import ssd
+from mambakit.ops.trapezoidal import TrapezoidalState, trapezoidal
 
 __all__ = [
     "KVCache",
     "KVState",
+    "TrapezoidalState",
     "attention",
     "backend",
     "causal_conv1d",
@@ -31,4 +33,5 @@ __all__ = [
     "s4d_conv",
     "selective_scan",
     "ssd",
+    "trapezoidal",
 ]

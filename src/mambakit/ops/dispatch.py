@@ -5,8 +5,8 @@ backend (`chunked`, `reference`) is one differentiable PyTorch function named li
 backend (C++, CUDA, Triton) is a module with
 
     unsupported(*inputs) -> str | None        why these inputs cannot be taken, or None
-    infer(*inputs, in_place=False) -> outputs where no gradient is wanted; outputs as the contract says;
-                                              in place, the final state overwrites the initial one
+    infer(*inputs, in_place=False) -> outputs where no gradient is wanted; outputs as the contract says, final
+                                              states after `y`; in place, they overwrite the initial ones
     forward(*inputs) -> (outputs, saved)      the same, with what the backward needs besides the inputs
     backward(saved, grads, *inputs) -> grads  one gradient (or None) per tensor argument, in its type
     saved_like(*inputs) -> list[Tensor]       empty tensors shaped like `saved`, for tracing
@@ -78,20 +78,20 @@ class Op:
         self.signature = inspect.signature(getattr(backends["reference"], name))
         self.arguments = list(self.signature.parameters)
         self.kernels = {key for key, module in backends.items() if hasattr(module, "forward")}
-        self._state_index = (
-            self.arguments.index("initial_state") if "initial_state" in self.arguments else None
-        )
+        self._states = [i for i, name in enumerate(self.arguments) if name.startswith("initial_")]
         if self.kernels:
             _register_kernels(self)
         registry[name] = self
 
-    def __call__(self, *inputs: Any, state: Tensor | None = None, backend: str | None = None) -> Any:
+    def __call__(
+        self, *inputs: Any, state: Tensor | Sequence[Tensor] | None = None, backend: str | None = None
+    ) -> Any:
         """Run the operator on its positional inputs.
 
         Args:
             *inputs: The operator's arguments in order.
-            state: A recurrent state to start from and to overwrite in place with the final one; it replaces
-                `initial_state`.
+            state: A recurrent state to start from and to overwrite in place with the final one, a tensor for
+                each argument named `initial_...`, which they replace.
             backend: A backend's name, or `None` for the enclosing `with backend(...)` or the first able one.
 
         Returns:
@@ -103,18 +103,20 @@ class Op:
         """
         if _asked is self:
             raise _Answer({name: self._unsupported(name, inputs) for name in self.backends})
-        if state is not None:
-            index = self._state_index
-            if index is None or inputs[index] is not None:
+        states = () if state is None else (state,) if isinstance(state, Tensor) else tuple(state)
+        if states:
+            if len(states) != len(self._states) or any(inputs[i] is not None for i in self._states):
                 raise ValueError(f"{self.name}: give either initial_state or state, not both")
-            inputs = (*inputs[:index], state, *inputs[index + 1 :])
+            given = dict(zip(self._states, states, strict=True))
+            inputs = tuple(given.get(i, value) for i, value in enumerate(inputs))
         chosen = self.choose(inputs, backend)
-        if state is not None and chosen in self.kernels and _is_plain_inference(inputs):
+        if states and chosen in self.kernels and _is_plain_inference(inputs):
             return tuple(self.backends[chosen].infer(*inputs, in_place=True))
         outputs = self._run(chosen, inputs)
-        if state is not None:
-            state.copy_(outputs[1].detach())
-            outputs = (outputs[0], state, *outputs[2:])
+        if states:
+            for before, after in zip(states, outputs[1:], strict=False):
+                before.copy_(after.detach())
+            outputs = (outputs[0], *states, *outputs[1 + len(states) :])
         return outputs
 
     def choose(self, inputs: Sequence[Any], backend: str | None = None) -> str:

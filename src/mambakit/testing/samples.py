@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambakit.ops.trapezoidal import TrapezoidalState
+
 
 @dataclasses.dataclass
 class Draw:
@@ -153,6 +155,47 @@ def _ssd(
     return build
 
 
+def _trapezoidal(
+    b: int = 2,
+    l: int = 150,
+    h: int = 4,
+    p: int = 3,
+    r: int = 1,
+    g: int = 2,
+    n: int = 6,
+    s: int = 2,
+    *,
+    packed: bool = False,
+    bare: bool = False,
+    dt_scale: float = 1.0,
+    interleaved: bool = True,
+) -> Build:
+    def build(draw: Draw) -> dict[str, Any]:
+        parts = ((b, h, s), (b, h, p, n), (b, r, h, n), (b, h, p))
+        return {
+            "x": draw.normal(b, l, h, p),
+            "dt": draw.uniform(b, l, h, low=0.01, high=0.5) if bare else draw.normal(b, l, h, scale=dt_scale),
+            "A": draw.wide(draw.uniform(b, l, h, low=-4.0, high=-0.1)),
+            "B": draw.normal(b, l, r, g, n),
+            "C": draw.normal(b, l, r, g, n),
+            "trap": draw.normal(b, l, h),
+            "angles": draw.normal(b, l, s),
+            "B_bias": None if bare else draw.wide(draw.normal(h, r, n)),
+            "C_bias": None if bare else draw.wide(draw.normal(h, r, n)),
+            "mimo_x": None if bare else draw.wide(draw.normal(h, r, p)),
+            "D": None if bare else draw.wide(draw.normal(h)),
+            "dt_bias": None if bare else draw.wide(draw.normal(h)),
+            "initial_state": None
+            if bare
+            else TrapezoidalState(*(draw.wide(draw.normal(*shape)) for shape in parts)),
+            "dt_softplus": not bare,
+            "interleaved": interleaved,
+            "seq_idx": draw.documents(b, l) if packed else None,
+        }
+
+    return build
+
+
 def _causal_conv1d(
     b: int = 2, l: int = 37, d: int = 6, w: int = 4, *, packed: bool = False, bare: bool = False
 ) -> Build:
@@ -251,6 +294,7 @@ def _cross_entropy(n: int = 9, v: int = 37, *, ignored: bool = False, scale: flo
 
 
 _SCAN = ("x", "dt", "B", "C", "z", "seq_idx")
+_TRAPEZOIDAL = ("x", "dt", "A", "B", "C", "trap", "angles", "seq_idx")
 _CONV = ("x", "seq_idx")
 _NORM = ("x", "z")
 _ATTENTION = ("q", "k", "v", "seq_idx")
@@ -288,6 +332,32 @@ CASES: tuple[Case, ...] = (
     Case("ssd", "long", _ssd(b=1, l=300, h=2, g=1), _SCAN),
     Case("ssd", "packed", _ssd(packed=True), _SCAN),
     Case("ssd", "packed-long", _ssd(b=1, l=300, h=2, packed=True, dt_scale=5.0), _SCAN),
+    Case("trapezoidal", "plain", _trapezoidal(), _TRAPEZOIDAL),
+    Case("trapezoidal", "one-token", _trapezoidal(l=1), _TRAPEZOIDAL),
+    Case("trapezoidal", "bare", _trapezoidal(l=64, bare=True), _TRAPEZOIDAL),
+    Case("trapezoidal", "short-halves", _trapezoidal(l=7, g=1, interleaved=False), _TRAPEZOIDAL),
+    Case("trapezoidal", "all-rotate", _trapezoidal(l=37, g=4, s=3), _TRAPEZOIDAL),
+    Case("trapezoidal", "mimo", _trapezoidal(l=45, r=3, g=1, interleaved=False), _TRAPEZOIDAL),
+    Case("trapezoidal", "mimo-bare", _trapezoidal(l=37, r=2, s=3, bare=True), _TRAPEZOIDAL),
+    Case("trapezoidal", "many-ranks", _trapezoidal(b=1, l=5, r=70, g=1), _TRAPEZOIDAL),
+    Case("trapezoidal", "long-steps", _trapezoidal(dt_scale=30.0), _TRAPEZOIDAL),
+    Case("trapezoidal", "odd-sizes", _trapezoidal(l=37, h=3, p=17, g=1, n=33, s=5), _TRAPEZOIDAL),
+    Case("trapezoidal", "one-column", _trapezoidal(l=37, h=3, p=1, g=3, n=2, s=1), _TRAPEZOIDAL),
+    Case(
+        "trapezoidal",
+        "wide",
+        _trapezoidal(b=1, l=21, h=2, p=70, r=4, g=1, n=130, s=32, interleaved=False),
+        _TRAPEZOIDAL,
+    ),
+    Case("trapezoidal", "long", _trapezoidal(b=1, l=300, h=2, g=1), _TRAPEZOIDAL),
+    Case("trapezoidal", "packed", _trapezoidal(packed=True), _TRAPEZOIDAL),
+    Case("trapezoidal", "packed-mimo", _trapezoidal(l=90, r=3, packed=True), _TRAPEZOIDAL),
+    Case(
+        "trapezoidal",
+        "packed-long",
+        _trapezoidal(b=1, l=300, h=2, packed=True, dt_scale=5.0, interleaved=False),
+        _TRAPEZOIDAL,
+    ),
     Case("causal_conv1d", "plain", _causal_conv1d(), _CONV),
     Case("causal_conv1d", "one-token", _causal_conv1d(l=1), _CONV),
     Case("causal_conv1d", "bare", _causal_conv1d(l=64, bare=True), _CONV),

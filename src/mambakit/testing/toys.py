@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mambakit.families import bamba, falcon_h1, falcon_mamba, granite, jamba, mamba, mamba2, nemotron_h
+from mambakit.families import (
+    bamba,
+    falcon_h1,
+    falcon_mamba,
+    granite,
+    jamba,
+    mamba,
+    mamba2,
+    mamba_ssm,
+    nemotron_h,
+)
 from mambakit.families.family import Published
 
 _SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3}
@@ -14,6 +24,20 @@ _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_
 TOYS: Mapping[str, Published] = {
     "mamba": mamba.MambaJSON(**_SMALL, state_size=5),
     "mamba2": mamba2.Mamba2JSON(**_SMALL, num_heads=8, head_dim=8, n_groups=2, state_size=6),
+    "mamba3": mamba_ssm.Mamba3JSON(
+        d_model=32,
+        d_intermediate=48,
+        n_layer=3,
+        vocab_size=50,
+        ssm_cfg={
+            "layer": "Mamba3",
+            "d_state": 8,
+            "headdim": 8,
+            "ngroups": 2,
+            "is_mimo": True,
+            "mimo_rank": 2,
+        },
+    ),
     "falcon_mamba": falcon_mamba.FalconMambaJSON(**_SMALL, mixer_rms_eps=1e-3),
     "jamba": jamba.JambaJSON(
         **_HYBRID, num_experts=4, attn_layer_period=3, attn_layer_offset=1, mamba_dt_rank=3
