@@ -350,6 +350,7 @@ CASES: tuple[Case, ...] = (
         _TRAPEZOIDAL,
     ),
     Case("trapezoidal", "long", _trapezoidal(b=1, l=300, h=2, g=1), _TRAPEZOIDAL),
+    Case("trapezoidal", "long-wide", _trapezoidal(b=1, l=140, h=1, p=64, g=1, n=32, s=8), _TRAPEZOIDAL),
     Case("trapezoidal", "packed", _trapezoidal(packed=True), _TRAPEZOIDAL),
     Case("trapezoidal", "packed-mimo", _trapezoidal(l=90, r=3, packed=True), _TRAPEZOIDAL),
     Case(

@@ -20,7 +20,8 @@ from mambakit.ops.trapezoidal.reference import per_head, per_rank
 from mambakit.ops.trapezoidal.rotation import rates, rotate, wrap
 
 ROWS = 64
-"""Rows of a chunk, tokens times ranks: where the quadratic and the state products cost about the same."""
+"""Rows of a chunk, tokens times ranks: where the quadratic and the state products cost about the same. Heads
+with few channels and columns take half as many."""
 
 
 def trapezoidal(
@@ -99,8 +100,9 @@ def _chunks(
     Returns:
         Outputs `(b, l, r, h, p)` and the final state `(b, h, p, n)`.
     """
-    length, r = v.shape[1:3]
-    size = min(max(1, ROWS // r), length)
+    length, r, p, n = *v.shape[1:3], v.shape[-1], k.shape[-1]
+    rows = ROWS if 4 * p * n >= ROWS * (p + n) else ROWS // 2
+    size = min(max(1, rows // r), length)
     c = -(-length // size)
     # From the next token on, a token counts with what enters late as well.
     later = torch.cat([now[:, :-1] + before[:, 1:], now[:, -1:]], dim=1)
