@@ -195,6 +195,8 @@ def test_a_stopped_generation_ends_its_line(text_run):
         [*PROGRAM, "generate", str(text_run), "to be", "--max-tokens", "1000000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell starts what it puts into the background with Ctrl-C ignored, and so these tests, perhaps.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert program.stdout.read(20)
     program.send_signal(signal.SIGINT)
