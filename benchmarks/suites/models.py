@@ -20,8 +20,8 @@ from benchmarks.runner import Bench, Case, DeclinedError, Opened, Ready
 from benchmarks.suites import OURS, ours
 from benchmarks.work import block_flops, head_flops, weight_bytes
 from mambakit import LanguageModel, LanguageModelConfig, Mamba1Config, Mamba2Config
-from mambakit.generation import DecodeEngine
-from mambakit.testing import speakers
+from mambakit.generation import DecodeEngine, RecordedDecoder
+from mambakit.testing import speakers, timing
 from mambakit.testing.speakers import Ours, Speaker, Step
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -138,10 +138,10 @@ def _model(kind: str, size: str, dtype: torch.dtype, device: torch.device) -> La
 def _open(bench: Bench, work: Work, kind: str) -> Opened:
     model = _model(kind, work.size, work.dtype, bench.device)
     tokens = torch.randint(model.config.vocab_size, (work.batch, work.length + 1), device=bench.device)
+    decoders = _decoders(model) if work.verb == "write" else {}
     variants: dict[str, Callable[[], Ready]] = {
-        f"{OURS} engine {form}": functools.partial(_by_engine, bench, work, kind, form, bound, model, tokens)
-        for form, bound in ENGINE[work.dtype].items()
-        if work.verb == "write" and bench.device.type == "cpu"
+        name: lambda name=name, make=make: _ready(bench, work, f"{kind}, {name}", make(), model, tokens)
+        for name, make in decoders.items()
     }
     variants |= {
         name: functools.partial(_ready, bench, work, f"{kind}, {name}", Ours(model, backend), model, tokens)
@@ -154,25 +154,45 @@ def _open(bench: Bench, work: Work, kind: str) -> Opened:
     return Opened(variants, *_needs(model, work), work.batch * work.length)
 
 
-class _Engine(Ours):
-    """A model that writes by the decode engine."""
+class _Generating(Ours):
+    """A model that writes as `generate` lets it: by the decode engine, or by a recorded step on a GPU.
 
-    def __init__(self, model: LanguageModel, form: str, bound: float) -> None:
+    Args:
+        model: The model.
+        decoder: What has `step`.
+        bound: Largest relative difference of logits, where not that of the model's type.
+    """
+
+    def __init__(
+        self, model: LanguageModel, decoder: DecodeEngine | RecordedDecoder, bound: float | None
+    ) -> None:
         super().__init__(model)
-        self.bound, self._engine = bound, DecodeEngine(model, form)
-        self.weight_bytes = self._engine.weight_bytes
+        self._decoder, self.bound = decoder, bound
+        self.weight_bytes = getattr(decoder, "weight_bytes", weight_bytes(model))
 
     def decoder(self, batch: int, prompt: Tensor | None = None) -> Step:
         """See `Speaker.decoder`; without a prompt."""
         state = self.module.init_state(batch)
-        return lambda token: self._engine.step(token, state)
+        return lambda token: self._decoder.step(token, state)
 
 
-def _by_engine(
-    bench: Bench, work: Work, kind: str, form: str, bound: float, model: LanguageModel, tokens: Tensor
-) -> Ready:
-    speaker = _Engine(model, form, bound)
-    return _ready(bench, work, f"{kind}, decode engine, {form}", speaker, model, tokens)
+def _decoders(model: LanguageModel) -> dict[str, Callable[[], _Generating]]:
+    """Name -> makes a model with one of the decoders that its device has."""
+    weight = model.embedding.weight
+
+    def make(
+        kind: type[DecodeEngine | RecordedDecoder], *form: str, bound: float | None = None
+    ) -> _Generating:
+        if (reason := kind.supports(model)) is not None:
+            raise DeclinedError(reason)
+        return _Generating(model, kind(model, *form), bound)
+
+    if weight.is_cuda:
+        return {f"{OURS} recorded": functools.partial(make, RecordedDecoder)}
+    return {
+        f"{OURS} engine {form}": functools.partial(make, DecodeEngine, form, bound=bound)
+        for form, bound in ENGINE[weight.dtype].items()
+    }
 
 
 def _versions(peer: str, kind: str, work: Work) -> dict[str, dict[str, Any]]:
@@ -214,6 +234,8 @@ def _ready(
     if work.verb == "write":
         error = speakers.check_writing(name, speaker, model, bound)
         run = speakers.writing(speaker.decoder(work.batch), work.batch, bench.device)
+        if isinstance(speaker, _Generating):
+            run = timing.Recorded(run)
         weights = getattr(speaker, "weight_bytes", weight_bytes(model))  # some keep them smaller
         return Ready(run, error, moved=weights + _states(model, work))
     error = speakers.check_learning(name, speaker, model)
