@@ -7,6 +7,7 @@ past keys and values that grows with the sequence (or up to the window) instead 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,8 @@ class Attention(Mixer, config=AttentionConfig):
     Source:
         Vaswani et al. (1706.03762), section 3.2; Ainslie et al. (2305.13245); Su et al. (2104.09864).
     """
+
+    multiplies_first: ClassVar[bool] = True
 
     def __init__(
         self,

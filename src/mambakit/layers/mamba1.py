@@ -90,6 +90,7 @@ class Mamba1(Mixer, config=Mamba1Config):
         dtype: Type of the parameters; state space scalars are float32 or wider.
     """
 
+    multiplies_first: ClassVar[bool] = True
     ssm_class: ClassVar[type[SelectiveSSM]] = SelectiveSSM
 
     def __init__(

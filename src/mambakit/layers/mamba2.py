@@ -105,6 +105,7 @@ class Mamba2(Mixer, config=Mamba2Config):
         dtype: Type of the parameters; state space scalars are float32 or wider.
     """
 
+    multiplies_first: ClassVar[bool] = True
     ssm_parameters: ClassVar[frozenset[str]] = frozenset({"A_log", "D", "dt_bias"})
 
     def __init__(

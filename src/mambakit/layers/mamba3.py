@@ -144,6 +144,7 @@ class Mamba3(Mixer, config=Mamba3Config):
         dtype: Type of the parameters; those of the recurrence are float32 or wider.
     """
 
+    multiplies_first: ClassVar[bool] = True
     ssm_parameters: ClassVar[frozenset[str]] = frozenset({"D", "dt_bias"})
 
     def __init__(

@@ -219,10 +219,12 @@ class Mixer(nn.Module):
 
     A mixer ends in a linear layer named `out_proj`, or says otherwise in `last_weights`. `ssm_parameters`
     lists its own parameters that take part in a recurrence: no weight decay, and their own learning rate
-    where the optimiser is given one.
+    where the optimiser is given one. `multiplies_first` says that the input goes into a linear layer and
+    nowhere else, so that it may come in the type in which autocast multiplies.
     """
 
     ssm_parameters: ClassVar[frozenset[str]] = frozenset()
+    multiplies_first: ClassVar[bool] = False
 
     def __init_subclass__(cls, config: type[MixerConfig] | None = None, **kwargs: Any) -> None:
         """Tie a mixer to its config: `class Mamba2(Mixer, config=Mamba2Config)`."""

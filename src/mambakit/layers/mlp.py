@@ -77,6 +77,7 @@ class GatedMLP(Mixer, config=GatedMLPConfig):
         Shazeer, "GLU variants improve transformer" (2002.05202), equation 6.
     """
 
+    multiplies_first: ClassVar[bool] = True
     parts: ClassVar[int] = 2
     """How many times the hidden channels the first projection gives."""
 

@@ -148,12 +148,14 @@ class Backbone(nn.Module):
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         recompute = self.checkpoint_blocks and torch.is_grad_enabled()
+        branch = None  # what the last block adds, not added yet
         for number, block in enumerate(self.blocks):
             block_state = None if state is None else state.get(str(number), _STATELESS)
             if recompute:
-                x = checkpoint(block, x, block_state, context, use_reentrant=False)
+                x, branch = checkpoint(block.advance, x, branch, block_state, context, use_reentrant=False)
             else:
-                x = block(x, block_state, context)
+                x, branch = block.advance(x, branch, block_state, context)
+        x = x if branch is None else x + branch
         return self.norm_f(x).to(self.norm_f.weight.dtype)
 
     def init_state(

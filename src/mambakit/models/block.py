@@ -13,7 +13,7 @@ class Block(nn.Module):
     """One pre-norm residual branch.
 
     The residual stream `x` keeps its own type (float32 where the backbone says so); the norm's output is cast
-    to the parameters' type before the mixer.
+    to the parameters' type before the mixer, or at once to autocast's where a matrix product comes first.
 
     Args:
         d_model: Width of the residual stream, channels.
@@ -56,6 +56,39 @@ class Block(nn.Module):
         Raises:
             ValueError: Shapes that do not fit.
         """
-        normed = self.norm(x).to(self.norm.weight.dtype)
+        x, branch = self.advance(x, None, state, context)
+        return x + branch
+
+    def advance(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        state: State | None = None,
+        context: Context | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add an earlier block's branch to the stream, and compute this block's own.
+
+        A stack of blocks hands a branch on unadded, because its sum and the next block's norm are one step
+        over memory (`ops.add_norm`).
+
+        Args:
+            x: Residual stream `(b, l, d_model)`.
+            branch: What the block before adds to it `(b, l, d_model)`, if anything.
+            state: The mixer's state, overwritten in place.
+            context: Documents and positions of the tokens.
+
+        Returns:
+            The stream with `branch` added, and what this block adds to it.
+
+        Raises:
+            ValueError: Shapes that do not fit.
+        """
+        weights = self.norm.weight.dtype
+        rounded = self.mixer.multiplies_first and torch.is_autocast_enabled(x.device.type)
+        if branch is not None and (rounded or branch.dtype == weights):
+            normed, x = self.norm.add(branch, x)
+        else:
+            x = x if branch is None else x + branch
+            normed = self.norm(x).to(weights)
         branch = self.dropout(self.mixer(normed, state, context))
-        return x + (branch if self.scale == 1 else self.scale * branch)
+        return x, branch if self.scale == 1 else self.scale * branch

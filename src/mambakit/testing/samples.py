@@ -228,6 +228,20 @@ def _norm(
     return build
 
 
+def _add_norm(kind: str = "rms", *, l: int = 11, d: int = 12, bare: bool = False, wide: bool = True) -> Build:
+    def build(draw: Draw) -> dict[str, Any]:
+        residual = draw.normal(2, l, d)
+        return {
+            "x": draw.normal(2, l, d),
+            "residual": draw.wide(residual) if wide else residual,
+            "weight": None if bare else draw.normal(d),
+            "bias": None if bare else draw.normal(d),
+            "kind": kind,
+        }
+
+    return build
+
+
 def _attention(
     b: int = 2, l: int = 37, h: int = 4, g: int = 2, p: int = 6, *, packed: bool = False, **options: Any
 ) -> Build:
@@ -381,6 +395,12 @@ CASES: tuple[Case, ...] = (
     Case("norm", "layer-gated-after", _norm("layer", d=33, gated=True, norm_before_gate=True), _NORM),
     Case("norm", "wide-grouped", _norm(d=120, gated=True, group_size=40, bare=True), _NORM),
     Case("norm", "one-channel", _norm(d=1), _NORM),
+    Case("add_norm", "plain", _add_norm(), ("x", "residual")),
+    Case("add_norm", "bare", _add_norm(bare=True), ("x", "residual")),
+    Case("add_norm", "layer", _add_norm("layer", d=33), ("x", "residual")),
+    Case("add_norm", "wide", _add_norm(l=61, d=281), ("x", "residual")),
+    Case("add_norm", "one-type", _add_norm(l=7, d=40, wide=False), ("x", "residual")),
+    Case("add_norm", "one-channel", _add_norm(d=1), ("x", "residual")),
     Case("cross_entropy", "plain", _cross_entropy(), ()),
     Case("cross_entropy", "ignored", _cross_entropy(ignored=True), ()),
     Case("cross_entropy", "large-scores", _cross_entropy(scale=300.0), ()),

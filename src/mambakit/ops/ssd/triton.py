@@ -255,8 +255,8 @@ class _Call:
         return local, passed
 
     def _segments(self, walks: int) -> tuple[int, int]:
-        slots = cuda.processors(self.device) * PROGRAMS_PER_PROCESSOR
-        return segments.division(self.length, CHUNK, self.batch * self.h * walks, slots)
+        blocks, processors = self.batch * self.h * walks, cuda.processors(self.device)
+        return segments.division(self.length, CHUNK, blocks, processors, PROGRAMS_PER_PROCESSOR)
 
     def _heads_together(self, programs: int) -> tuple[int, int]:
         """Heads that a program loops over, and programs per group: few, but enough for the GPU."""
