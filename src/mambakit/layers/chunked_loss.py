@@ -17,7 +17,7 @@ from mambakit.ops.cross_entropy import cross_entropy
 
 SCORES = {"cpu": 2**26, "cuda": 2**27}
 """Most scores that exist at once: 256 MiB in float32. A GPU, which mostly scores in bfloat16, takes twice as
-many: every chunk reads and writes the gradient of the head's weights, a hundredth of a step of a 130M model."""
+many: every chunk reads and writes the gradient of the head's weights, 1% of a training step at 130M."""
 
 
 def summed_cross_entropy(

@@ -12,7 +12,7 @@ LEAST_TOKENS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How long a block takes for a token when `k` of them share a multiprocessor: `alone + k each`, in any unit.
+    """How long a block takes for a token when `k` share a multiprocessor: `alone + k each`, in any unit.
 
     Blocks that mostly wait hide behind each other (`alone`), those that compute stand in line (`each`).
     """
