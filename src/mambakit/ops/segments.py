@@ -44,16 +44,15 @@ def division(
         processors: Multiprocessors of the GPU.
         most: Blocks that one of them holds at once.
         work: Of a block on its segment.
-        summary: Of a block that summarises its segment, which comes before where there are several.
+        summary: Of a block that summarises its segment, which comes before; the last segment needs none.
 
     Returns:
         Tokens of a segment, and the number of segments.
     """
 
     def cost(segments: int) -> float:
-        k = -(-blocks * segments // processors)
-        summarised = summary.rounds(k, most) if segments > 1 else 0.0
-        return (work.rounds(k, most) + summarised) / segments
+        k, summarised = (-(-blocks * n // processors) for n in (segments, segments - 1))
+        return (work.rounds(k, most) + summary.rounds(summarised, most)) / segments
 
     most_segments = max(1, min(-(-processors * most // blocks), length // max(LEAST_TOKENS, tile)))
     wanted = min(range(1, most_segments + 1), key=cost)

@@ -180,10 +180,10 @@ class _Call:
         params.partial = self.channel_blocks == 1 or torch.are_deterministic_algorithms_enabled()
         copies = self.channel_blocks if params.partial else 1
         make = torch.empty if params.partial else torch.zeros
-        dB, dC = (make(copies, *self.B.shape, **wide) for _ in range(2))
+        dBC = make(2, copies, *self.B.shape, **wide)
         for name, tensor in (
             ("dx", dx), ("ddt", ddt), ("dz", dz), ("dA", dA), ("dD", dD), ("ddt_bias", ddt_bias),
-            ("dinitial", dinitial), ("dB", dB), ("dC", dC),
+            ("dinitial", dinitial), ("dB", dBC[0]), ("dC", dBC[1]),
         ):  # fmt: skip
             setattr(params, name, cuda.address(tensor))
 
@@ -192,8 +192,9 @@ class _Call:
         extra += 4 * 2 * (THREADS // 32) * SUB * 2 * padded  # slots
         self._launch("backward", params, self._shared(3 + (self.z is not None), tile) + extra)
         del summaries
+        dB, dC = (dBC.sum(1) if copies > 1 else dBC.squeeze(1)).to(common_type(given["B"], given["C"]))
         found = {
-            "x": dx, "dt": ddt, "z": dz, "A": dA.sum(0), "B": dB.sum(0), "C": dC.sum(0), "D": dD.sum(0),
+            "x": dx, "dt": ddt, "z": dz, "A": dA.sum(0), "B": dB, "C": dC, "D": dD.sum(0),
             "dt_bias": ddt_bias.sum(0), "initial_state": dinitial, "seq_idx": None,
         }  # fmt: skip
         return {
