@@ -23,7 +23,7 @@ from mambakit.checkpoints import CheckpointError, Source, Tensors, locate, open_
 from mambakit.checkpoints.files import CONFIG, write_checkpoint
 from mambakit.config import ConfigError, to_dict, unknown
 from mambakit.families import FAMILIES, Family, Layout
-from mambakit.families.family import check_same
+from mambakit.families.family import check_same, resolved
 from mambakit.models.language import LanguageModel, LanguageModelConfig
 
 _EMBEDDING, _HEAD = "embedding.weight", "lm_head.weight"
@@ -35,6 +35,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Load a published language model.
 
@@ -44,6 +45,8 @@ def load(
         dtype: Type of the weights; as stored by default. Scalars of recurrences are float32 or wider anyway.
         device: Where they go.
         revision: Branch, tag or commit of the repository.
+        overrides: Keys of the `config.json` with values to take instead, such as
+            `{"time_step_limit": (0.001, math.inf)}` for a model that was tuned with steps clamped so.
 
     Returns:
         The model in evaluation mode; its `published` is the file that described it.
@@ -53,13 +56,13 @@ def load(
             that is missing, superfluous, damaged, or of another shape; one line that says which.
     """
     folder = locate(name, revision=revision)
-    found = read_config(folder)
+    found = read_config(folder) | dict(overrides or {})
     _, layout = recognise(found, folder / CONFIG)
     config = _described(layout, found, folder / CONFIG)
     with open_tensors(folder) as tensors:
         config = _checked(config, layout, tensors, folder)
         if dtype is None:
-            dtype = tensors[_theirs(layout, _EMBEDDING)].dtype
+            dtype = tensors[_theirs(layout, config, _EMBEDDING)].dtype
         model = _build(config, dtype, folder / CONFIG)
         model.load_state_dict(_read(model, layout, tensors, folder, device), assign=True)
     if config.tie_embeddings:
@@ -82,7 +85,8 @@ def save(
     Args:
         model: A model of a published family.
         folder: A new folder, or one without a checkpoint.
-        layout: `transformers`, or `mamba_ssm` where the family has it; by default the one it was loaded from.
+        layout: `transformers`, `mamba_ssm` or another that the family has; by default the one it was loaded
+            from.
         dtype: Type to write; the embedding's by default.
 
     Returns:
@@ -95,12 +99,13 @@ def save(
     before = model.published or {}
     chosen, published = _describe(model.config, layout, before)
     kept = before if chosen.matches(before) else {}
-    config = {**kept, **chosen.fixed, **to_dict(published)}
+    config = {**chosen.fixed, **kept, **to_dict(published)}
     if chosen.name == "transformers":
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {
             "dtype": str(dtype).removeprefix("torch.")
         }
-    write_checkpoint(folder, config, _written(model, chosen, dtype), pickled=chosen.pickled)
+    written = _written(model, chosen, dtype)
+    write_checkpoint(folder, config, written, pickled=chosen.pickled, wrapped=chosen.wrapped)
     return folder
 
 
@@ -140,7 +145,7 @@ def _describe(
         raise CheckpointError(unknown("layout", layout, names))
     choices = [one for family in FAMILIES.values() for one in family.layouts if layout in (None, one.name)]
     choices.sort(key=lambda one: not one.matches(before))
-    reasons = []
+    reasons, config = [], resolved(config)
     for choice in choices:
         try:
             published = choice.published.of(config)
@@ -155,7 +160,7 @@ def _checked(
     config: LanguageModelConfig, layout: Layout, tensors: Tensors, folder: Path
 ) -> LanguageModelConfig:
     """The config with the vocabulary that the file has, before anything of a size that it names is built."""
-    name = _theirs(layout, _EMBEDDING)
+    name = _theirs(layout, config, _EMBEDDING)
     if name not in tensors:
         raise CheckpointError(
             f"{folder}: {name} is missing; the file has {', '.join(list(tensors)[:3])}, ..."
@@ -181,13 +186,13 @@ def _build(config: LanguageModelConfig, dtype: torch.dtype, where: Path) -> Lang
         raise CheckpointError(f"{where} describes no network: {str(error).splitlines()[0]}") from None
 
 
-def _theirs(layout: Layout, ours: str) -> str:
-    return next(row.theirs for row in layout.rows if row.ours == ours)
+def _theirs(layout: Layout, config: LanguageModelConfig, ours: str) -> str:
+    return next(row.theirs for row in layout.rows_of(config) if row.ours == ours)
 
 
 def _sources(model: LanguageModel, layout: Layout) -> dict[str, Source]:
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    return sources(layout.rows, shapes, [block.tag for block in model.config.blocks])
+    return sources(layout.rows_of(model.config), shapes, [block.tag for block in model.config.blocks])
 
 
 def _read(
@@ -203,9 +208,9 @@ def _read(
             if theirs not in tensors:
                 raise CheckpointError(f"{folder}: {theirs} is missing")
         unused -= set(source.names)
-        tensor = _joined(source, tensors, tuple(empty[name].shape), folder)
+        tensor = _joined(name, source, tensors, tuple(empty[name].shape), folder)
         if tied:
-            if not torch.equal(tensor, tensors[_theirs(layout, _EMBEDDING)]):
+            if not torch.equal(tensor, tensors[_theirs(layout, model.config, _EMBEDDING)]):
                 raise CheckpointError(
                     f"{folder}: {source.names[0]} is not the embedding, though the config ties them"
                 )
@@ -220,13 +225,13 @@ def _read(
     return found
 
 
-def _joined(source: Source, tensors: Tensors, expected: tuple[int, ...], folder: Path) -> Tensor:
+def _joined(ours: str, source: Source, tensors: Tensors, expected: tuple[int, ...], folder: Path) -> Tensor:
     parts = [tensors[name] for name in source.names]
     for name, part in zip(source.names, parts, strict=True):
         if not part.is_floating_point() or part.is_sparse:
             raise CheckpointError(f"{folder}: {name} is of {part.dtype}, expected floating-point numbers")
     try:
-        tensor = source.transform.join(parts)
+        tensor = source.read(ours, parts)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {', '.join(source.names)}: {error}") from None
     if tuple(tensor.shape) != expected:
@@ -239,9 +244,9 @@ def _written(model: LanguageModel, layout: Layout, dtype: torch.dtype) -> Iterat
     """Their names and tensors, in order."""
     weights, tied = model.state_dict(), model.config.tie_embeddings
     for name, source in _sources(model, layout).items():
-        tensor = weights[name] if source.keeps_type else weights[name].to(dtype)
+        if name != source.ours[0] or (name == _HEAD and tied and not layout.stores_tied_head):
+            continue
+        ours = {one: weights[one] if source.keeps_type else weights[one].to(dtype) for one in source.ours}
         if name == _HEAD and tied:
-            if not layout.stores_tied_head:
-                continue
-            tensor = tensor.clone()  # two names may not share one memory in the file
-        yield from zip(source.names, source.transform.split(tensor, len(source.names)), strict=True)
+            ours[name] = ours[name].clone()  # two names may not share one memory in the file
+        yield from zip(source.names, source.write(ours), strict=True)

@@ -113,8 +113,18 @@ def test_an_old_mamba_ssm_config_with_missing_keys_loads(tmp_path):
     [
         ({"ssm_cfg": {"layer": "Mamba1", "d_stat": 4}}, "unknown argument 'd_stat'; did you mean 'd_state'"),
         ({"ssm_cfg": {"layer": "Mamba9"}}, "of mamba_ssm either"),
-        ({"rms_norm": False}, "rms_norm is False"),
-        ({"attn_layer_idx": [1]}, "attn_layer_idx is"),
+        ({"rms_norm": False}, "backbone.layers.0.norm.bias is missing"),
+        ({"attn_layer_idx": [1]}, "num_heads is None"),
+        ({"attn_layer_idx": [2]}, "attn_layer_idx: 2, expected layers 0 to 1"),
+        (
+            {"attn_layer_idx": [1], "attn_cfg": {"num_head": 2}},
+            "unknown argument 'num_head'; did you mean 'num_heads'",
+        ),
+        ({"attn_layer_idx": [1], "attn_cfg": {"num_heads": 2, "mlp_dim": 8}}, "mlp_dim is 8, expected 0"),
+        (
+            {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 2}},
+            "backbone.layers.1.mixer.conv1d.* belongs to",
+        ),
         ({"d_intermediate": 64}, "backbone.layers.0.norm2.weight is missing"),
         ({"d_intermediate": -64}, "d_hidden"),
         ({"ssm_cfg": {"layer": "Mamba3", "is_mimo": "no"}}, "is_mimo is 'no', expected true or false"),

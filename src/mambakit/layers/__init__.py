@@ -10,10 +10,12 @@ from mambakit.layers.mamba3 import Mamba3, Mamba3Config
 from mambakit.layers.mixer import Context, Mixer, MixerConfig, State
 from mambakit.layers.mlp import MLP, GatedMLP, GatedMLPConfig, MLPConfig
 from mambakit.layers.moe import MoE, MoEConfig
+from mambakit.layers.multihead_mamba1 import MultiHeadMamba1, MultiHeadMamba1Config
 from mambakit.layers.parallel import Parallel, ParallelConfig
 from mambakit.layers.s4 import S4, S4Config
 from mambakit.layers.s4d import S4D, S4DConfig
 from mambakit.layers.selective_ssm import SelectiveSSM
+from mambakit.layers.shared import Shared, SharedConfig
 from mambakit.layers.signed_mamba1 import SignedMamba1, SignedMamba1Config
 
 __all__ = [
@@ -36,11 +38,15 @@ __all__ = [
     "MixerConfig",
     "MoE",
     "MoEConfig",
+    "MultiHeadMamba1",
+    "MultiHeadMamba1Config",
     "Parallel",
     "ParallelConfig",
     "S4Config",
     "S4DConfig",
     "SelectiveSSM",
+    "Shared",
+    "SharedConfig",
     "SignedMamba1",
     "SignedMamba1Config",
     "State",

@@ -111,13 +111,7 @@ class Mamba1(Mixer, config=Mamba1Config):
             d_inner,
             config.d_state,
             config.rank(d_model),
-            dt_min=config.dt_min,
-            dt_max=config.dt_max,
-            dt_init_floor=config.dt_init_floor,
-            dt_init=config.dt_init,
-            dt_scale=config.dt_scale,
-            inner_norm=config.inner_norm,
-            inner_norm_eps=config.inner_norm_eps,
+            **self.ssm_settings(),
             **made,
         )
         self.out_proj = nn.Linear(d_inner, d_model, bias=config.bias, **made)
@@ -161,6 +155,11 @@ class Mamba1(Mixer, config=Mamba1Config):
                 ),
             }
         )
+
+    def ssm_settings(self) -> dict[str, float | str]:
+        """What the SSM is given besides its sizes."""
+        names = ("dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale", "inner_norm", "inner_norm_eps")
+        return {name: getattr(self.config, name) for name in names}
 
     def reset_parameters(self) -> None:
         """Initialise as published: linear layers by PyTorch's default, the SSM by its own rules."""

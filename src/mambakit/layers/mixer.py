@@ -30,11 +30,13 @@ class Context:
         positions: Position of each token in its document `(b, l)`, integers, for rotary embeddings; counted
             from the state's length where absent.
         losses: Scalars that layers want added to the training loss, such as a router's for an even load.
+        first: What entered the backbone `(b, l, d_model)`, where blocks look back at it (Zamba); set by it.
     """
 
     seq_idx: Tensor | None = None
     positions: Tensor | None = None
     losses: list[Tensor] = dataclasses.field(default_factory=list)
+    first: Tensor | None = None
 
 
 class State(Mapping[str, Any]):
@@ -194,9 +196,14 @@ class State(Mapping[str, Any]):
 
 
 class MixerConfig(Config, Tagged):
-    """Base of all mixer configurations; `type:` in a recipe chooses the member."""
+    """Base of all mixer configurations; `type:` in a recipe chooses the member.
+
+    `prenorm` says whether a block normalises what it gives to the mixer; without, the mixer sees the residual
+    stream itself.
+    """
 
     mixer: ClassVar[type[Mixer]]
+    prenorm: ClassVar[bool] = True
 
     def build(
         self, d_model: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -270,6 +277,13 @@ class Mixer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the parameters as published."""
+
+    def join(self, shared: nn.ModuleDict) -> None:
+        """Find the parts that this mixer shares with other depths, or add them.
+
+        Args:
+            shared: The backbone's shared parts by name; their parameters are the backbone's.
+        """
 
     def last_weights(self) -> Iterator[nn.Parameter]:
         """The weights that write to the residual stream, which the backbone scales for depth."""

@@ -123,6 +123,11 @@ class LayerNorm(nn.Module):
         """
         return norm(x, self.weight, self.bias, kind="layer", eps=self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a branch to the residual stream, and normalise the sum; arguments as for `RMSNorm.add`."""
+        total = residual + x
+        return self(total).to(x.dtype), total
+
     def reset_parameters(self) -> None:
         """Set the weight to one and the bias to zero."""
         nn.init.ones_(self.weight)
@@ -132,6 +137,10 @@ class LayerNorm(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for printing."""
         return f"{self.weight.numel()}, eps={self.eps}, bias={self.bias is not None}"
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+"""Norms of residual blocks by name."""
 
 
 class GatedRMSNorm(nn.Module):
