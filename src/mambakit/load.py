@@ -233,7 +233,8 @@ def _joined(ours: str, source: Source, tensors: Tensors, expected: tuple[int, ..
     try:
         tensor = source.read(ours, parts)
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: {', '.join(source.names)}: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder}: {', '.join(source.names)}: {reason}") from None
     if tuple(tensor.shape) != expected:
         shown = tuple(tensor.shape)
         raise CheckpointError(f"{folder}: {source.names[0]} has shape {shown}, expected {expected}")

@@ -66,11 +66,11 @@ TINY = {
     ),
     "jamba-dense": ("Jamba", {**HYBRID, "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1}),
     "zamba": ("Zamba", ZAMBA),
-    "zamba-one-head-untied": (
+    "zamba-one-head-biases": (
         "Zamba",
         {
             **{k: v for k, v in ZAMBA.items() if k != "layers_block_type"},
-            **{"n_mamba_heads": 1, "tie_word_embeddings": False, "attn_layer_period": 2},
+            **{"n_mamba_heads": 1, "attn_layer_period": 2},
             **{"attn_layer_offset": 1, "mamba_proj_bias": True},
         },
     ),

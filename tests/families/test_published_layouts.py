@@ -268,8 +268,8 @@ def test_there_and_back_changes_no_bit(case, dtype, tmp_path):
 @torch.no_grad()
 def test_logits_in_bf16_are_near(case, tmp_path):
     folder, layout, run = case
-    mambakit.save(mambakit.load(folder, dtype=torch.bfloat16), tmp_path / "it", layout=layout)
-    model, (config, tensors) = mambakit.load(tmp_path / "it"), stored(tmp_path / "it")
+    mambakit.save(mambakit.load(folder, dtype=torch.bfloat16), tmp_path / "bf16", layout=layout)
+    model, (config, tensors) = mambakit.load(tmp_path / "bf16"), stored(tmp_path / "bf16")
     tokens = torch.randint(0, 50, (13,))
     exact = run(config, {name: tensor.double() for name, tensor in tensors.items()}, tokens)
     # The median over tokens: near a tie, rounding sends a token to another expert.

@@ -107,6 +107,9 @@ class Source:
         """
         if isinstance(self.transform, Transform):
             return self.transform.join(theirs)
+        rows = theirs[0].shape[0] if theirs[0].ndim else 1
+        if rows != sum(self.sizes):
+            raise ValueError(f"has {rows} rows, expected {' + '.join(map(str, self.sizes))}")
         return self.transform.take_apart(theirs[0], self.sizes)[self.ours.index(name)]
 
     def write(self, ours: Mapping[str, Tensor]) -> list[Tensor]:
