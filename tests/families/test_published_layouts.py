@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import mambakit
 from mambakit.checkpoints import open_tensors
-from mambakit.families.mamba_ssm import Mamba1JSON, Mamba2JSON
+from mambakit.families.mamba_ssm import Mamba1JSON, Mamba2JSON, Mamba3JSON
 from mambakit.models import LanguageModel
 from mambakit.testing.toys import TOYS
 
@@ -72,6 +72,43 @@ def mamba2(p, x, headdim, states, groups):
     y = (torch.stack(out) * F.silu(z)).unflatten(-1, (groups, -1))
     y = y / (y.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
     return (y.flatten(-2) * p["norm.weight"]) @ p["out_proj.weight"].T
+
+
+def mamba3(p, x, settings):
+    """A Mamba-3 layer on `(l, d_model)`, without its optional norm."""
+    n, dim, groups = settings["d_state"], settings["headdim"], settings.get("ngroups", 1)
+    heads, length, is_mimo = len(p["D"]), len(x), settings.get("is_mimo", False)
+    rank, angles = settings["mimo_rank"] if is_mimo else 1, n // 4
+    sizes = [*2 * [heads * dim], *2 * [rank * groups * n], *3 * [heads], angles]
+    z, u, B, C, dt, a, trap, turn = (x @ p["in_proj.weight"].T).split(sizes, dim=-1)
+    dt, share = F.softplus(dt + p["dt_bias"]), torch.sigmoid(trap)
+    decay = torch.exp(-F.softplus(a).clamp(min=1e-4) * dt)
+    angle = (math.pi * torch.tanh(turn)[:, None] * dt[..., None]).cumsum(0)  # (l, h, s)
+
+    def placed(vectors, name):
+        v = rms(vectors.view(length, rank, groups, n), p[f"{name}_norm.weight"])
+        v = v.repeat_interleave(heads // groups, 2) + p[f"{name}_bias"].transpose(0, 1)  # (l, r, h, n)
+        v, s = v.clone(), angles
+        one, two = (
+            (slice(0, s), slice(n // 2, n // 2 + s)) if is_mimo else (slice(0, 2 * s, 2), slice(1, 2 * s, 2))
+        )
+        pairs = torch.complex(v[..., one], v[..., two]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+        v[..., one], v[..., two] = pairs.real, pairs.imag
+        return v
+
+    B, C = placed(B, "B"), placed(C, "C")
+    one = torch.ones(heads, 1, dim, dtype=x.dtype)
+    into, gate, out_of = (p.get(f"mimo_{name}", one).transpose(0, 1) for name in "xzo")  # (r, h, p)
+    u, z = (t.view(length, 1, heads, dim) for t in (u, z))
+    h = last = torch.zeros(heads, dim, n, dtype=x.dtype)
+    out = []
+    for t in range(length):
+        now = torch.einsum("rhp,rhn->hpn", u[t] * into, B[t])
+        step, kept, new = ((w * dt[t])[:, None, None] for w in (decay[t] / dt[t], 1 - share[t], share[t]))
+        h, last = step * h + kept * step * last + new * now, now
+        y = torch.einsum("hpn,rhn->rhp", h, C[t]) + p["D"][:, None] * u[t] * into
+        out.append((out_of * y * F.silu(z[t] * gate)).sum(0).flatten())
+    return torch.stack(out) @ p["out_proj.weight"].T
 
 
 def attention(q, k, v, turned=0, base=10000.0):
@@ -157,7 +194,7 @@ def megatron(config, tensors, tokens):
 
 
 def mamba_ssm(config, tensors, tokens):
-    """Logits `(l, v)` of a checkpoint of mamba_ssm with Mamba-1 or Mamba-2 layers, MLPs and attention."""
+    """Logits `(l, v)` of a checkpoint of mamba_ssm: Mamba-1, 2 or 3, MLPs and attention."""
 
     def normed(x, p, name):
         weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
@@ -171,6 +208,8 @@ def mamba_ssm(config, tensors, tokens):
             x = x + _mha(config["attn_cfg"], mixer, u)
         elif settings["layer"] == "Mamba2":
             x = x + mamba2(mixer, u, settings["headdim"], settings["d_state"], settings.get("ngroups", 1))
+        elif settings["layer"] == "Mamba3":
+            x = x + mamba3(mixer, u, settings)
         else:
             x = x + mamba1(mixer, u)
         if config["d_intermediate"]:
@@ -197,6 +236,15 @@ CASES = {
     "mamba2_hybrid": (TOYS["mamba2_hybrid"], "megatron", megatron),
     "mamba2-attention": (TOYS["mamba2-attention"], "mamba_ssm", mamba_ssm),
     "mamba-layer-norms": (TOYS["mamba-layer-norms"], "mamba_ssm", mamba_ssm),
+    "mamba3-mimo": (TOYS["mamba3"], "mamba_ssm", mamba_ssm),
+    "mamba3-siso": (
+        Mamba3JSON(
+            **{**SMALL, "attn_layer_idx": []},
+            ssm_cfg={"layer": "Mamba3", "d_state": 8, "headdim": 8, "ngroups": 2},
+        ),
+        "mamba_ssm",
+        mamba_ssm,
+    ),
     "mamba2-attention-mlp": (
         Mamba2JSON(
             **SMALL,

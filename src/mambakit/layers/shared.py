@@ -65,7 +65,9 @@ class SharedConfig(MixerConfig, tag="shared"):
         check_positive(rank=self.rank)
         for name, kind in (("attention", AttentionConfig), ("mlp", GatedMLPConfig)):
             if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name}={getattr(self, name)}, expected a {kind.__name__}")
+                raise ValueError(
+                    f"{name} is a {type(getattr(self, name)).__name__}, expected a {kind.__name__}"
+                )
         if not self.name.isidentifier():
             raise ValueError(f"name={self.name!r}, expected a name such as 'a'")
         for name in self.adapted:
