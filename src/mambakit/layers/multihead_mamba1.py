@@ -63,7 +63,14 @@ class HeadLinear(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(b, l, h, d_in)` to `(b, l, h, d_out)`."""
+        """Map every head of every token.
+
+        Args:
+            x: Activations `(b, l, h, d_in)`.
+
+        Returns:
+            Activations `(b, l, h, d_out)`.
+        """
         return torch.einsum("blhi,hoi->blho", x, self.weight)
 
     def reset_parameters(self) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ class SharedConfig(MixerConfig, tag="shared"):
         norm_eps: Added to the mean square in the norms.
     """
 
-    prenorm: ClassVar[bool] = False
+    prenorm = False
 
     name: str = "a"
     attention: MixerConfig
@@ -109,7 +108,14 @@ class LowRank(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(b, l, d_in)` to `(b, l, d_out)`."""
+        """Map every token.
+
+        Args:
+            x: Activations `(b, l, d_in)`.
+
+        Returns:
+            Activations `(b, l, d_out)`.
+        """
         return self.up(self.down(x))
 
     def reset_parameters(self) -> None:

@@ -119,7 +119,7 @@ class Backbone(nn.Module):
 
     Attributes:
         blocks: The blocks, in order.
-        shared: Parts that several blocks share, by name; empty for most models.
+        shared: Parts that several blocks share, by name; `None` for most models.
         checkpoint_blocks: Recompute each block in the backward pass instead of storing its activations.
     """
 
@@ -138,9 +138,10 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config.d_model, mixer, **made, device=device, dtype=dtype) for mixer in config.blocks
         )
-        self.shared = nn.ModuleDict()
+        shared = nn.ModuleDict()
         for block in self.blocks:
-            block.mixer.join(self.shared)
+            block.mixer.join(shared)
+        self.shared = shared or None
         last = NORMS[config.final_norm or config.norm]
         self.norm_f = last(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
         self._scale_for_depth()
@@ -161,7 +162,7 @@ class Backbone(nn.Module):
         """
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.shared:  # the same list of losses
+        if self.shared is not None:  # the same list of losses
             context = dataclasses.replace(context or Context(), first=x)
         recompute = self.checkpoint_blocks and torch.is_grad_enabled()
         branch = None  # what the last block adds, not added yet
@@ -188,7 +189,7 @@ class Backbone(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise every block as published and scale the output projections for depth."""
-        for part in (*self.blocks, *self.shared.values()):
+        for part in (*self.blocks, *(self.shared or {}).values()):
             part.reset_parameters()
         self.norm_f.reset_parameters()
         self._scale_for_depth()
