@@ -28,6 +28,12 @@ CLASSES = {
     "nemotron_h": "NemotronH",
 }
 
+ZAMBA = {
+    **{"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4},
+    **{"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+}
+
 
 def pair(name, folder, **overrides):
     """One random model in both libraries: written by us, read by them, in float32 there and float64 here."""
@@ -115,6 +121,18 @@ def test_positions_go_on_after_a_cache(tmp_path, tokens):
     whole = theirs(tokens).logits
     assert distance(pieces_of_theirs(theirs, tokens, [12, 12]), whole) > 1e-3
     assert distance(pieces_of_ours(ours, tokens, [12, 12]), ours(tokens)) < 1e-9
+
+
+@theirs_is_known
+def test_a_shared_block_is_shared_whatever_the_head_is():
+    """Theirs shares the blocks of Zamba only where the head is the embedding, a setting of something else."""
+    config = transformers.ZambaConfig(**ZAMBA, tie_word_embeddings=False)
+    layers = transformers.ZambaForCausalLM(config).model.layers
+    weights = [layers[n].shared_transf.self_attn.q_proj.weight for n in (1, 2)]
+    assert weights[0] is not weights[1] and not torch.equal(*weights)
+    ours = LanguageModel(FAMILIES["zamba"].layouts[0].published(**ZAMBA, tie_word_embeddings=False).ours())
+    assert ours.lm_head.weight is not ours.embedding.weight
+    assert sum("q_proj" in name for name, _ in ours.named_parameters()) == 1
 
 
 class Adapted(nn.Linear):

@@ -268,8 +268,14 @@ def _open(stack: contextlib.ExitStack, path: Path) -> _Mapped | _Unpickled:
     except CheckpointError:
         raise
     except (UnpicklingError, *_DAMAGE) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in a line: of PyTorch's advice on pickles the line that names what it refuses."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    refused = [line.strip() for line in lines if "Unsupported" in line or "not an allowed global" in line]
+    return (refused or lines)[0][:300]
 
 
 def _load_old(path: Path) -> dict[str, Tensor]:
