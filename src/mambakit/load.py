@@ -139,12 +139,15 @@ def _described(layout: Layout, found: Mapping[str, Any], where: Path) -> Languag
 def _describe(
     config: LanguageModelConfig, layout: str | None, before: Mapping[str, Any]
 ) -> tuple[Layout, Any]:
-    """The layout to write a network in, and its keys: as it was loaded, else the first that describes it."""
+    """The layout to write a network in, and its keys: as it was loaded, else the first that describes it.
+
+    Layouts of transformers come before others, which fewer programs read.
+    """
     names = {one.name for family in FAMILIES.values() for one in family.layouts}
     if layout is not None and layout not in names:
         raise CheckpointError(unknown("layout", layout, names))
     choices = [one for family in FAMILIES.values() for one in family.layouts if layout in (None, one.name)]
-    choices.sort(key=lambda one: not one.matches(before))
+    choices.sort(key=lambda one: (not one.matches(before), one.name != "transformers"))
     reasons, config = [], resolved(config)
     for choice in choices:
         try:

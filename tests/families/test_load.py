@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mambakit
 from mambakit.checkpoints import CheckpointError
-from mambakit.layers import Mamba1Config, Mamba2Config, S4DConfig
+from mambakit.layers import AttentionConfig, Mamba1Config, Mamba2Config, S4DConfig
 from mambakit.testing.toys import TOYS
 
 SMALL = {"vocab_size": 24, "d_model": 16, "pattern": "2M"}
@@ -145,6 +145,21 @@ def test_a_model_of_no_family_is_not_saved(tmp_path):
     with pytest.raises(CheckpointError, match="unknown layout 'mamba-ssm'; did you mean 'mamba_ssm'"):
         mambakit.save(model_of("mamba"), tmp_path / "it", layout="mamba-ssm")
     assert not (tmp_path / "it").exists()
+
+
+@torch.no_grad()
+def test_sizes_that_follow_from_the_width_are_written_outright(tmp_path):
+    mixers = {"*": AttentionConfig(n_heads=4, rope_fraction=0.5), "M": Mamba2Config(d_state=8, headdim=8)}
+    config = mambakit.LanguageModelConfig(
+        vocab_size=24, d_model=32, pattern="M-*-", mixers=mixers, residual_in_fp32=False
+    )
+    torch.manual_seed(0)
+    model = mambakit.LanguageModel(config)
+    mambakit.save(model, tmp_path / "it")
+    found = json.loads((tmp_path / "it" / "config.json").read_text())
+    assert (found["model_type"], found["head_dim"], found["intermediate_size"]) == ("bamba", 8, 128)
+    tokens = torch.arange(24)[None]
+    assert torch.equal(mambakit.load(tmp_path / "it")(tokens), model(tokens))
 
 
 def test_weights_stay_on_the_mapped_file_and_scalars_are_float32(tmp_path):

@@ -125,8 +125,7 @@ class LayerNorm(nn.Module):
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Add a branch to the residual stream, and normalise the sum; arguments as for `RMSNorm.add`."""
-        total = residual + x
-        return self(total).to(x.dtype), total
+        return add_norm(x, residual, self.weight, self.bias, kind="layer", eps=self.eps)
 
     def reset_parameters(self) -> None:
         """Set the weight to one and the bias to zero."""
