@@ -83,7 +83,7 @@ def mamba_chunk_scan_combined(
     else:
         y, final = ops.ssd(x, dt, A, B, C, D, dt_bias, initial_states, seq_idx=seq_idx, **scalars)
         documents = None
-    y = y if z is None else y * F.silu(z)
+    y = y.contiguous() if z is None else y * F.silu(z)  # callers view it
     states = [final] if return_final_states else []
     states += [documents] if return_varlen_states else []
     if state_dtype is not None:
