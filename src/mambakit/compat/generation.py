@@ -126,7 +126,7 @@ class GenerationMixin:
         return found if return_dict_in_generate else found.sequences
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(
     input_ids: Tensor,
     model: Any,
