@@ -376,7 +376,7 @@ def test_what_generation_cannot_do_is_refused_by_name():
 
 
 def test_the_start_is_divided_once_by_the_branches():
-    """Theirs initialises a second time without counting the MLPs: 1 / sqrt(L) where 1 / sqrt(2 L) is meant."""
+    """Theirs starts a second time without counting the MLPs: 1 / sqrt(L) where 1 / sqrt(2 L) is meant."""
     torch.manual_seed(0)
     many = MambaConfig(d_model=64, n_layer=8, vocab_size=50, d_intermediate=128)
     model = MambaLMHeadModel(many)
