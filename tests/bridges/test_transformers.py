@@ -245,7 +245,7 @@ def test_a_pipeline_writes_text(tokenizer):
     for text, [one] in zip(texts, found, strict=True):
         tokens = torch.tensor([tokenizer(text)["input_ids"]])
         new = ours(model.model, tokens, 6)[0, tokens.shape[1] :]
-        assert one["generated_text"] == text + tokenizer.decode(new)
+        assert one["generated_text"] == text + tokenizer.decode(new, skip_special_tokens=True)
 
 
 def test_a_trainer_trains_what_auto_classes_make(tmp_path, tokenizer):
@@ -276,7 +276,7 @@ def test_a_trainer_trains_what_auto_classes_make(tmp_path, tokenizer):
 
 
 def test_lora_of_peft_trains_every_projection(tmp_path):
-    """`out_proj` too, which PEFT refuses on transformers' models, and `dt_proj`, which trains nothing there."""
+    """`out_proj`, which PEFT refuses on transformers' models, and `dt_proj`, which learns nothing there."""
     peft = pytest.importorskip("peft")
     base, tokens = made("mamba", torch.float32).train(), prompts(2, 12)
     names = ["in_proj", "x_proj", "dt_proj", "out_proj"]
