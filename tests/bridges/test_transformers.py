@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import mambakit
-from mambakit.families.family import Published
-from mambakit.testing.toys import TOYS
-
-transformers = pytest.importorskip("transformers")
-
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
-
-from mambakit.bridges.transformers import (  # noqa: E402
+from mambakit.bridges.transformers import (
     StateCache,
     StateSpaceConfig,
     StateSpaceForCausalLM,
     register,
     wrap,
 )
+from mambakit.families.family import Published
+from mambakit.testing.toys import TOYS
 
 FAMILIES = ("mamba", "mamba2", "mamba3", "jamba", "nemotron_h")
 
@@ -250,7 +248,6 @@ def test_a_pipeline_writes_text(tokenizer):
 
 def test_a_trainer_trains_what_auto_classes_make(tmp_path, tokenizer):
     """A text that repeats three words is learnt, saved, and written by what is loaded again."""
-    pytest.importorskip("accelerate")
     description = mambakit.config.to_dict(TOYS["mamba2"].ours())
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(StateSpaceConfig(description, pad_token_id=0))
@@ -277,7 +274,6 @@ def test_a_trainer_trains_what_auto_classes_make(tmp_path, tokenizer):
 
 def test_lora_of_peft_trains_every_projection(tmp_path):
     """`out_proj`, which PEFT refuses on transformers' models, and `dt_proj`, which learns nothing there."""
-    peft = pytest.importorskip("peft")
     base, tokens = made("mamba", torch.float32).train(), prompts(2, 12)
     names = ["in_proj", "x_proj", "dt_proj", "out_proj"]
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=names, init_lora_weights=False)

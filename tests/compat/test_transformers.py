@@ -10,11 +10,10 @@ import textwrap
 
 import pytest
 import torch
+import transformers
 
 from mambakit import compat
 from mambakit.compat import transformers_models
-
-transformers = pytest.importorskip("transformers")
 
 HYBRID = {
     **{"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48},
