@@ -18,9 +18,9 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.runner import Bench, Case, Opened, Ready
 from benchmarks.suites import OURS
-from benchmarks.suites.models import KINDS, SIZES, VOCABULARY
+from benchmarks.suites.models import KINDS, random_model
 from benchmarks.work import block_flops, head_flops, weight_bytes
-from mambakit import LanguageModel, LanguageModelConfig, Mamba1Config, Mamba2Config, compat
+from mambakit import compat
 from mambakit.testing import speakers
 
 # size, batch, length, whether training multiplies matrices in bf16
@@ -41,19 +41,8 @@ def cases(bench: Bench) -> Iterator[Case]:
 
 
 def _open(bench: Bench, at: dict[str, Any], autocast: bool) -> Opened:
-    torch.manual_seed(0)
-    shape = {"vocabulary": VOCABULARY, **SIZES[at["size"]]}
-    mixer = {"mamba1": Mamba1Config(), "mamba2": Mamba2Config(headdim=8 if bench.quick else 64)}[at["kind"]]
-    model = LanguageModel(
-        LanguageModelConfig(
-            vocab_size=shape["vocabulary"],
-            d_model=shape["d_model"],
-            pattern=f"{shape['layers']}M",
-            mixers={"M": mixer},
-        ),
-        device=bench.device,
-    ).eval()
-    tokens = torch.randint(shape["vocabulary"], (at["b"], at["l"] + 1), device=bench.device)
+    model = random_model(at["kind"], at["size"], torch.float32, bench.device)
+    tokens = torch.randint(model.config.vocab_size, (at["b"], at["l"] + 1), device=bench.device)
 
     def ready(name: str, within: Callable[[], contextlib.AbstractContextManager[Any]]) -> Ready:
         speaker = peers.load("transformers").models[at["kind"]](model)
