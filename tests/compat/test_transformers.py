@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 import torch
@@ -191,6 +192,15 @@ def test_packed_documents_are_refused_where_it_cannot():
             model(torch.randint(1, 50, (1, 12)), seq_idx=torch.zeros(1, 12, dtype=torch.int32))
 
 
+def test_a_module_of_an_older_release_keeps_its_own_and_says_so(monkeypatch):
+    """There these names are the packages' functions, or None, beside checks for a GPU."""
+    old = types.ModuleType("transformers.models.mamba.modeling_mamba")
+    old.causal_conv1d_fn, old.selective_scan_fn = None, print
+    monkeypatch.setitem(sys.modules, old.__name__, old)
+    with pytest.warns(UserWarning, match=r"modeling_mamba looks its kernels up as older"), compat.install():
+        assert old.causal_conv1d_fn is None and old.selective_scan_fn is print
+
+
 def test_a_model_that_is_imported_later_gets_our_functions_and_loses_them():
     code = """
         import sys
@@ -203,9 +213,11 @@ def test_a_model_that_is_imported_later_gets_our_functions_and_loses_them():
         ours = modeling_mamba.mamba_selective_scan
         assert "compat" in ours.__code__.co_filename
         assert modeling_mamba.__spec__.loader is modeling_mamba.__loader__
-        import inspect
+        import importlib, inspect
         assert "def mamba_selective_scan" in inspect.getsource(modeling_mamba)
         import mamba_ssm
+        importlib.reload(modeling_mamba)
+        assert "compat" in modeling_mamba.mamba_selective_scan.__code__.co_filename
         mambakit.compat.uninstall()
         theirs = modeling_mamba.mamba_selective_scan
         assert theirs is not ours and "compat" not in theirs.__code__.co_filename

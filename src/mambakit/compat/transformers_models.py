@@ -153,7 +153,9 @@ class _Hook(importlib.abc.MetaPathFinder):
         """The spec of one of these modules, with a loader that patches it; `None` for any other."""
         if name not in _MODULES:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self._hidden)
         return spec
@@ -176,5 +178,6 @@ class _Loader(importlib.abc.Loader):
         with self._hidden():
             self._loader.exec_module(module)
         module.__spec__.loader = module.__loader__ = self._loader  # `inspect` reads the source through it
+        _before.pop(module.__name__, None)  # of a module that is loaded again
         if _hook is not None:
             _patch(module)
