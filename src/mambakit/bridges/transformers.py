@@ -29,7 +29,7 @@ try:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
     raise ImportError(
-        f"mambakit.bridges.transformers needs transformers 5.16 or newer ({error}): "
+        f"mambakit.bridges.transformers needs transformers 5.17 or newer ({error}): "
         "pip install 'mambakit[transformers]'"
     ) from error
 

@@ -7,6 +7,8 @@ channels-first is copied once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -152,7 +154,7 @@ def _remember(conv_state: Tensor, tokens: Tensor, seen: Tensor | None) -> None:
         conv_state.copy_(torch.cat([conv_state[..., length:], tokens], dim=-1))
 
 
-def on_rows(step, pool: Tensor, rows: Tensor) -> Tensor:
+def on_rows(step: Callable[[Tensor], Tensor], pool: Tensor, rows: Tensor) -> Tensor:
     """Run an in-place step on rows of a pool of states.
 
     Args:

@@ -1,6 +1,6 @@
 """Our functions in transformers' own Mamba models.
 
-transformers (from 5.16 on) decorates the functions that its models call for convolution, scan and step: each
+transformers (from 5.15 on) decorates the functions that its models call for convolution, scan and step: each
 is looked up once, when the module of the model is imported, in `mamba_ssm` or `causal_conv1d`, and is plain
 PyTorch otherwise. Such a function is a global name of the module, which is what is replaced here, in modules
 that are imported already and, by a hook on the import, in those that will be.
@@ -101,7 +101,7 @@ def _patch(module: types.ModuleType) -> None:
     found = {name: function for name, function in found.items() if hasattr(function, "__wrapped__")}
     if not found:
         warnings.warn(
-            f"{module.__name__} looks its kernels up as older releases do, expected transformers 5.16 or "
+            f"{module.__name__} looks its kernels up as older releases do, expected transformers 5.15 or "
             "newer: it keeps its own",
             stacklevel=4,
         )
