@@ -27,11 +27,13 @@ MAY_IMPORT = {
     "families": {"checkpoints", *_MODELS},
     "load": {"checkpoints", "families", *_MODELS},
     "generation": {"ops", *_MODELS},  # its decode engine calls a native kernel of its own
-    "training": {"data", "files", "generation", *_MODELS},
+    "training": {"checkpoints", "data", "files", "generation", "load", *_MODELS},
+    "evaluation": {"data", "files", "generation", "ops", "training", *_MODELS},
     "recipes": {"config", "data", "training"},
     "cli": {
         "checkpoints",
         "data",
+        "evaluation",
         "files",
         "generation",
         "load",
