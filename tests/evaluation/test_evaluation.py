@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import types
@@ -88,9 +89,8 @@ def test_scores_are_those_of_one_at_a_time(model):
     torch.manual_seed(2)
     requests = []
     for context, rest in ((1, 1), (30, 4), (3, 9), (30, 4), (17, 1), (60, 30)):
-        requests.append(
-            Request(torch.randint(256, (context,)).tolist(), torch.randint(256, (rest,)).tolist())
-        )
+        drawn = torch.randint(256, (context + rest,)).tolist()
+        requests.append(Request(drawn[:context], drawn[context:]))
     # One whose continuation is what the model would say.
     said = int(model(torch.tensor([requests[1].context]))[0, -1].argmax())
     requests.append(Request(requests[1].context, [said]))
@@ -181,14 +181,8 @@ def test_questions_that_are_none(model, question, expected):
 def test_the_curve_is_the_mean_surprise_at_each_position(model, ids):
     curve = length_curve(model, ids, 40, passages=2, chunk=16)
     passages = torch.stack([surprise(model, ids[start : start + 41]) for start in (0, 60)])
-    assert [(row["from"], row["to"]) for row in curve] == [
-        (1, 2),
-        (2, 4),
-        (4, 8),
-        (8, 16),
-        (16, 32),
-        (32, 41),
-    ]
+    borders = [1, 2, 4, 8, 16, 32, 41]
+    assert [(row["from"], row["to"]) for row in curve] == list(itertools.pairwise(borders))
     for row in curve:
         part = passages[:, row["from"] - 1 : row["to"] - 1]
         assert row["tokens"] == part.numel()

@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval")
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import mambakit
 from mambakit.data import Subwords
@@ -29,6 +29,7 @@ QUESTIONS = [
 def letters() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(LETTERS, unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
 

@@ -67,7 +67,7 @@ def test_dropped_tokens_in_training_only():
 def test_settings_that_cannot_be():
     with pytest.raises(ValueError, match="unknown pooling 'lasst'; did you mean 'last'"):
         classifier("lasst")
-    with pytest.raises(ValueError, match="head_dropout=1.0"):
+    with pytest.raises(ValueError, match=r"head_dropout=1\.0"):
         classifier(head_dropout=1.0)
     with pytest.raises(ValueError, match=r"tokens has shape \(2, 16\)"):
         classifier()(TOKENS[:, :32].view(2, 16), LENGTHS)

@@ -18,7 +18,6 @@ from mambakit.config import ConfigError, unknown
 _MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 END_OF_TEXT = "<|endoftext|>"
 """The special token, number 0, of the tokenisers that are trained here."""
-_WORD_END = "</w>"
 
 
 @runtime_checkable
@@ -172,17 +171,20 @@ class Subwords:
         except ImportError:
             raise ConfigError("subword tokenisers need: pip install tokenizers") from None
         unknown_token = "<|unknown|>"
-        made = Tokenizer(models.BPE(unk_token=unknown_token, end_of_word_suffix=_WORD_END, fuse_unk=True))
+        made = Tokenizer(models.BPE(unk_token=unknown_token, fuse_unk=True))
         made.normalizer = normalizers.Sequence(
             [normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])]
         )
-        made.pre_tokenizer = pre_tokenizers.Whitespace()
-        made.decoder = decoders.BPEDecoder(suffix=_WORD_END)
+        # The mark of a word's beginning is a letter of its own: with marks at the ends of words, which the
+        # library offers too, two trainings on the same texts number the tokens differently.
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        )
+        made.decoder = decoders.Metaspace(prepend_scheme="always")
         special = [END_OF_TEXT, unknown_token]
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=special,
-            end_of_word_suffix=_WORD_END,
             show_progress=False,
             min_frequency=2,
         )

@@ -25,13 +25,15 @@ from mambakit.evaluation.scoring import TOKENS, Request, score
 from mambakit.generation import Sampling, stream_text
 
 try:
-    from lm_eval.__main__ import cli_evaluate as run
+    from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError(f"the harness needs: pip install 'mambakit[lm-eval]' ({error})") from None
 
+run = cli_evaluate
+"""The harness's own command line."""
 _NEW_TOKENS = 256
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -14,6 +14,7 @@ summary.json        what came out                   (summary.py)
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import warnings
@@ -99,7 +100,7 @@ def load_run(path: str | os.PathLike[str]) -> tuple[nn.Module, TrainConfig, Data
         ConfigError: No run there, or nothing learned yet, or a file in it is damaged.
     """
     folder = _existing(path)
-    config = _read_config(folder)
+    config = _with_own_vocabulary(_read_config(folder), folder)
     model = config.task.build_model(config.model)
     try:
         if (folder / MODEL).exists():
@@ -130,6 +131,14 @@ def model_note(folder: Path) -> dict[str, str]:
             return file.metadata() or {}
     except SafetensorError:
         return {}
+
+
+def _with_own_vocabulary(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Let data whose vocabulary was learned use what was learned."""
+    if getattr(config.data, "vocabulary", None) != "subwords" or not (folder / TOKENIZER).is_file():
+        return config
+    data = dataclasses.replace(config.data, vocabulary=str(folder / TOKENIZER))
+    return dataclasses.replace(config, data=data)
 
 
 def _load_newest(folder: Path, model: nn.Module, config: TrainConfig) -> None:
