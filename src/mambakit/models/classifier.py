@@ -87,7 +87,7 @@ class TextClassifier(nn.Module):
         """Score the classes of each document.
 
         Args:
-            tokens: Documents end to end `(1, t)`, integers.
+            tokens: Documents end to end `(b, t)` with b = 1, integers.
             lengths: Their lengths `(n,)`, integers that add up to `t`.
 
         Returns:
