@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,6 +192,7 @@ def test_starting_from_a_classifier_takes_its_language_model(folder, tmp_path):
     ("changes", "expected"),
     [
         ({"finetune": {"source": "runs/to/langauge"}}, "unknown run"),
+        ({"out": "{folder}/language"}, "is the model to start from"),
         ({"finetune": {"mode": "lorra"}}, "finetune.mode: input should be 'full', 'lora'"),
         ({"finetune": {"mode": "last-layers", "last_layers": 3}}, "the model has 2 blocks"),
         ({"finetune": {"mode": "lora", "lora": {"targets": ["qkv"]}}}, "unknown linear layer 'qkv'"),
@@ -201,8 +203,9 @@ def test_starting_from_a_classifier_takes_its_language_model(folder, tmp_path):
     ],
 )
 def test_requests_that_cannot_be(folder, tmp_path, changes, expected):
+    out = Path(changes.pop("out", str(tmp_path / "run")).format(folder=folder))
     with pytest.raises(ConfigError, match=expected):
-        finetune(folder, tmp_path / "run", **changes)
+        finetune(folder, out, **changes)
 
 
 def test_damaged_checkpoints_are_passed_over(folder, tmp_path):
@@ -224,7 +227,7 @@ class Fixed(torch.nn.Module):
         super().__init__()
         self.logits = torch.nn.Parameter(logits)
 
-    def features(self, tokens, lengths):
+    def features(self, tokens, lengths, context):
         return None
 
     def classify(self, features, lengths):

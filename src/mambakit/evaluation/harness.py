@@ -46,8 +46,8 @@ class MambakitLM(TemplateLM):
         path: A run folder, a checkpoint folder, a repository of the hub; or a `Reader` made in Python.
         dtype: `float32`, `bfloat16` or `float16`; as stored by default.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
-        max_length: Tokens of a window of rolling log-likelihoods, and of what is kept of longer contexts;
-            none by default, because a recurrent model needs none.
+        max_length: Tokens of a window of log-likelihoods: rolling ones are taken in such windows, and longer
+            contexts are cut on the left. None by default, because a recurrent model needs none.
         batch_tokens: Most tokens read at once.
         batch_size: Accepted, as the harness passes one; batches are made by tokens.
 

@@ -98,16 +98,21 @@ class TextClassifier(nn.Module):
         """
         return self.classify(self.features(tokens, lengths), lengths)
 
-    def features(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Features of every token `(1, t, d_model)`; arguments as for `forward`."""
+    def features(self, tokens: Tensor, lengths: Tensor, context: Context | None = None) -> Tensor:
+        """Features of every token `(1, t, d_model)`; arguments as for `forward`, and
+
+        Args:
+            context: Collects what layers want added to the loss; its `seq_idx` is filled in here.
+        """
         if tokens.dim() != 2 or tokens.shape[0] != 1:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected (1, t): documents end to end")
         if self.training and self.config.token_dropout:
             dropped = torch.rand(tokens.shape, device=tokens.device) < self.config.token_dropout
             tokens = tokens.masked_fill(dropped, 0)
         numbers = torch.arange(len(lengths), device=tokens.device, dtype=torch.int32)
-        seq_idx = numbers.repeat_interleave(lengths, output_size=tokens.shape[1])[None]
-        return self.language.features(tokens, None, Context(seq_idx=seq_idx))
+        context = context or Context()
+        context.seq_idx = numbers.repeat_interleave(lengths, output_size=tokens.shape[1])[None]
+        return self.language.features(tokens, None, context)
 
     def classify(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Pool features `(1, t, d_model)` over each document and score the classes `(n, n_classes)`."""

@@ -31,6 +31,26 @@ from mambakit.training.config import FinetuneConfig, TrainConfig
 ADAPTER = "adapter"
 
 
+def start(config: TrainConfig) -> tuple[TrainConfig, nn.Module]:
+    """Make the model that a fine-tuning run begins with.
+
+    Args:
+        config: The run, with `finetune`.
+
+    Returns:
+        The run with the source's vocabulary in its data, and the model, frozen where the mode says so.
+
+    Raises:
+        ConfigError: A source that is not there, is no language model, is the run folder itself, or does not
+            fit the run's other settings.
+    """
+    if Path(config.finetune.source).resolve() == config.folder.resolve():
+        raise ConfigError(f"out: {config.folder} is the model to start from; choose another folder")
+    source = read_source(config.finetune.source)
+    config = with_vocabulary(config, source)
+    return config, build(config, source)
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A trained language model to start from.

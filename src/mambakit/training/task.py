@@ -364,8 +364,8 @@ class TextClassification(TaskConfig, tag="text-classification"):
         self, model: TextClassifier, batch: Batch, targets: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy of the classes; see `TaskConfig.loss`."""
-        label, lengths = batch["label"], batch["lengths"]
-        features = model.features(batch["tokens"], lengths)  # (1, t, d)
+        label, lengths, context = batch["label"], batch["lengths"], Context()
+        features = model.features(batch["tokens"], lengths, context)  # (1, t, d)
         logits = model.classify(features, lengths)  # (n, k)
         nats, _ = _score(logits, label)
         sums = self._sums(nats, logits, label)
@@ -380,6 +380,8 @@ class TextClassification(TaskConfig, tag="text-classification"):
             # A mean over tokens, weighted by the documents of this part of the batch.
             share = sums["targets"] / (following != IGNORED).sum().clamp(min=1)
             loss = loss + self.language_weight * share * language
+        for extra in context.losses:  # means over this part of the batch, so weighted by its share
+            loss = loss + extra * sums["targets"]
         return loss / (sums["targets"] if targets is None else targets), sums
 
     def _sums(self, nats: Tensor, logits: Tensor, label: Tensor) -> dict[str, Tensor]:

@@ -79,9 +79,7 @@ class Trainer:
         if config.finetune is None:
             model = self.task.build_model(config.model, config.data)
         else:
-            source = finetuning.read_source(config.finetune.source)
-            config = finetuning.with_vocabulary(config, source)
-            model = finetuning.build(config, source)
+            config, model = finetuning.start(config)
         self.config, self.model = config, model.to(self.device)
         self.resolved = {**to_dict(config), "model": to_dict(self.model.config)}
         self.average = Average(self.model, self.settings.ema) if self.settings.ema else None
