@@ -128,7 +128,7 @@ def test_adapters_alone_give_the_same_model(folder, tmp_path):
     torch.testing.assert_close(again.eval()(**batch), model(**batch), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_a_resumed_run_is_the_run_that_was_not(folder, tmp_path, mode, outcome, same):
     changes = {
         "finetune": {"mode": mode},
@@ -203,6 +203,7 @@ def test_starting_from_a_classifier_takes_its_language_model(folder, tmp_path):
     ],
 )
 def test_requests_that_cannot_be(folder, tmp_path, changes, expected):
+    changes = dict(changes)
     out = Path(changes.pop("out", str(tmp_path / "run")).format(folder=folder))
     with pytest.raises(ConfigError, match=expected):
         finetune(folder, out, **changes)
