@@ -191,7 +191,7 @@ def test_starting_from_a_classifier_takes_its_language_model(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"finetune": {"source": "runs/to/langauge"}}, "unknown run"),
+        ({"finetune": {"source": "runs/langauge"}}, "unknown run"),
         ({"out": "{folder}/language"}, "is the model to start from"),
         ({"finetune": {"mode": "lorra"}}, "finetune.mode: input should be 'full', 'lora'"),
         ({"finetune": {"mode": "last-layers", "last_layers": 3}}, "the model has 2 blocks"),

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 from pathlib import Path
 
 from torch import nn
 
+from mambakit import files
 from mambakit.checkpoints import locate
 from mambakit.checkpoints.files import CONFIG, read_config
 from mambakit.config import ConfigError, merge, to_dict
@@ -94,7 +96,8 @@ def is_run(word: str) -> bool:
     place = Path(word)
     if (place / CONFIG).is_file():
         return "task" in read_config(place)
-    return place.exists() or word.count("/") != 1 or place.parent.is_dir()
+    here = place.exists() or place.parent.is_dir() or place.parts[0] == "runs"
+    return here or word.count("/") != 1
 
 
 def with_vocabulary(config: TrainConfig, source: Source) -> TrainConfig:
@@ -174,8 +177,15 @@ def finished(model: nn.Module) -> nn.Module:
 
 
 def write_adapter(model: nn.Module, config: TrainConfig) -> None:
-    """Write the adapters of a LoRA run beside its model."""
-    if config.finetune is not None and config.finetune.mode == "lora":
-        heads = ("head",) if isinstance(model, TextClassifier) else ()
-        place = config.folder / ADAPTER
-        lora.save_adapter(model, place, config.finetune.lora, config.finetune.source, modules=heads)
+    """Write the adapters of a LoRA run beside its model, each file in one step."""
+    if config.finetune is None or config.finetune.mode != "lora":
+        return
+    heads = ("head",) if isinstance(model, TextClassifier) else ()
+    place = config.folder / ADAPTER
+    place.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{ADAPTER}-", dir=config.folder) as made:
+        lora.save_adapter(model, made, config.finetune.lora, config.finetune.source, modules=heads)
+        for file in Path(made).iterdir():
+            files.flush(file)
+            file.replace(place / file.name)
+    files.flush(place)
