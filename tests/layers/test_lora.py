@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -117,6 +118,46 @@ def test_saved_and_loaded(tmp_path):
         rank=3, alpha=5.0, targets=tuple(sorted({n.rpartition(".")[2] for n, _ in lora.adapters(made)}))
     )
     assert torch.equal(other(TOKENS), made(TOKENS))
+
+
+def with_embedding(untied: bool = True) -> LanguageModel:
+    made = LanguageModel(
+        dataclasses.replace(model("M").config, tie_embeddings=not untied), dtype=torch.float64
+    )
+    lora.add_adapters(made, dataclasses.replace(CONFIG, targets=("embedding", "in_proj")))
+    for _, layer in lora.adapters(made):
+        for part in layer.adapter:
+            torch.nn.init.normal_(layer.get_parameter(part), std=0.1)
+    return made
+
+
+def test_an_adapted_embedding(tmp_path):
+    made = with_embedding()
+    beside = made(TOKENS)
+    before = made.embedding.weight.clone()
+    beside.square().sum().backward()
+    full = lora.fold(copy.deepcopy(made)).requires_grad_(True)
+    full.zero_grad()
+    full(TOKENS).square().sum().backward()
+    layer = made.embedding
+    expected = layer.scale * layer.lora_embedding_B.T @ full.embedding.weight.grad.T
+    torch.testing.assert_close(layer.lora_embedding_A.grad, expected.detach())
+    torch.testing.assert_close(full(TOKENS), beside)
+    lora.merge(made)
+    torch.testing.assert_close(made(TOKENS), beside)
+    lora.unmerge(made)
+    assert torch.equal(made.embedding.weight, before)
+    lora.save_adapter(made, tmp_path, CONFIG)
+    torch.manual_seed(0)
+    other = LanguageModel(made.config, dtype=torch.float64)
+    other.load_state_dict({k: v for k, v in made.state_dict().items() if "lora" not in k})
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(other), str(tmp_path))
+    torch.testing.assert_close(theirs(TOKENS), beside)
+    lora.load_adapter(other, tmp_path)
+    assert torch.equal(other(TOKENS), made(TOKENS))
+    with pytest.raises(ConfigError, match="embedding is lm_head too"):
+        with_embedding(untied=False)
 
 
 def test_requests_that_cannot_be(tmp_path):

@@ -195,7 +195,7 @@ def test_starting_from_a_classifier_takes_its_language_model(folder, tmp_path):
         ({"out": "{folder}/language"}, "is the model to start from"),
         ({"finetune": {"mode": "lorra"}}, "finetune.mode: input should be 'full', 'lora'"),
         ({"finetune": {"mode": "last-layers", "last_layers": 3}}, "the model has 2 blocks"),
-        ({"finetune": {"mode": "lora", "lora": {"targets": ["qkv"]}}}, "unknown linear layer 'qkv'"),
+        ({"finetune": {"mode": "lora", "lora": {"targets": ["qkv"]}}}, "unknown layer 'qkv'"),
         ({"model": {"d_model": 24}}, "does not fit these settings"),
         ({"model": {"n_classes": 3}}, "which has 2"),
         ({"data": {"vocabulary": "bytes"}}, "too small for the 256 tokens"),

@@ -2,11 +2,11 @@
 
     y = W x + b + (alpha / r) B A dropout(x),        A (r, d_in), B (d_out, r), B = 0 at first
 
-Every linear layer of the mixers may have one. Layers are called and never reached into, so the adapter of
-`in_proj`, `x_proj`, `dt_proj` and `out_proj` each computes and learns; implementations that hand `W` to a
-fused kernel pass by theirs without a word.
+Every linear layer of the mixers may have one, and the embedding. Layers are called and never reached into,
+so the adapter of `in_proj`, `x_proj`, `dt_proj` and `out_proj` each computes and learns; implementations that
+hand `W` to a fused kernel pass by theirs without a word.
 
-Parameter names are those of the layer with `lora_A.weight` and `lora_B.weight` below, as in the PEFT library,
+Parameter names are those of the layer with `lora_A.weight` and `lora_B.weight` behind, as in the PEFT library,
 whose folders `save_adapter` writes and `load_adapter` reads.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2106.09685), section 4.1.
@@ -39,8 +39,8 @@ class LoRAConfig(Config):
         rank: Width `r` of an adapter.
         alpha: Adapters are scaled by `alpha / rank`.
         dropout: Probability that an adapter's input is dropped in training.
-        targets: Names of the linear layers that get one, such as `in_proj`; empty is every linear layer of
-            the mixers.
+        targets: Names of the layers that get one: linear layers of the mixers, such as `in_proj`, and
+            `embedding`; empty is every linear layer of the mixers.
     """
 
     rank: int = 8
@@ -58,16 +58,46 @@ class LoRAConfig(Config):
             raise ValueError(f"dropout={self.dropout}, expected a probability below 1")
 
 
-class LoRALinear(nn.Linear):
+class Adapted(nn.Module):
+    """What layers with an adapter share: the adapter's product goes into the weight and out again."""
+
+    weight: nn.Parameter
+    _unmerged: Tensor | None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight holds the adapter's product now."""
+        return self._unmerged is not None
+
+    def delta(self) -> Tensor:
+        """The adapter as one matrix of the weight's shape."""
+        raise NotImplementedError(f"{type(self).__name__} does not define delta")
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapter to the weight; the weight as it was is kept aside, so `unmerge` is exact."""
+        if not self.merged:
+            self._unmerged = self.weight.detach().clone()
+            self.weight.add_(self.delta())
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the weight back, bit by bit as it was before `merge`."""
+        if self._unmerged is not None:
+            self.weight.copy_(self._unmerged)
+            self._unmerged = None
+
+
+class LoRALinear(Adapted, nn.Linear):
     """A linear layer with a low-rank adapter; its own weight and bias are frozen.
 
     Args:
         linear: The layer, whose parameters are taken over, not copied.
         config: The adapter's settings.
-
-    Attributes:
-        merged: Whether the weight holds the adapter's product now.
     """
+
+    adapter = ("lora_A.weight", "lora_B.weight")
+    """Names of what is learned."""
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig = LoRAConfig()) -> None:
         nn.Module.__init__(self)
@@ -78,17 +108,12 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Linear(config.rank, self.out_features, **made)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scale = config.alpha / config.rank
-        self._unmerged: Tensor | None = None
+        self._unmerged = None
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.reset_adapter()
         self.train(linear.training)
-
-    @property
-    def merged(self) -> bool:
-        """Whether the weight holds the adapter's product now."""
-        return self._unmerged is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply layer and adapter.
@@ -108,20 +133,6 @@ class LoRALinear(nn.Linear):
         """The adapter as one matrix `(d_out, d_in)`: `(alpha / r) B A`."""
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Add the adapter to the weight; the weight as it was is kept aside, so `unmerge` is exact."""
-        if not self.merged:
-            self._unmerged = self.weight.detach().clone()
-            self.weight.add_(self.delta())
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the weight back, bit by bit as it was before `merge`."""
-        if self._unmerged is not None:
-            self.weight.copy_(self._unmerged)
-            self._unmerged = None
-
     def folded(self) -> nn.Linear:
         """A plain layer that computes the same, for good."""
         self.merge()
@@ -133,6 +144,55 @@ class LoRALinear(nn.Linear):
         """Draw A as `torch.nn.Linear` draws its weight and set B to zero: the layer is what it was."""
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+
+
+class LoRAEmbedding(Adapted, nn.Embedding):
+    """An embedding with a low-rank adapter: `E[token] + (alpha / r) B A[:, token]`; E is frozen.
+
+    Args:
+        embedding: The layer, whose weight is taken over, not copied. It may not be the head's weight too.
+        config: The adapter's settings; without dropout, as there is nothing to drop before a lookup.
+    """
+
+    adapter = ("lora_embedding_A", "lora_embedding_B")
+    """Names of what is learned, and of the PEFT library."""
+
+    def __init__(self, embedding: nn.Embedding, config: LoRAConfig = LoRAConfig()) -> None:
+        nn.Module.__init__(self)
+        for name in nn.Embedding.__constants__:
+            setattr(self, name, getattr(embedding, name))
+        self.weight = embedding.weight.requires_grad_(False)
+        made = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.lora_embedding_A = nn.Parameter(torch.empty(config.rank, self.num_embeddings, **made))
+        self.lora_embedding_B = nn.Parameter(torch.empty(self.embedding_dim, config.rank, **made))
+        self.scale = config.alpha / config.rank
+        self._unmerged = None
+        self.reset_adapter()
+        self.train(embedding.training)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up tokens `(b, l)`; gives `(b, l, d)`."""
+        x = super().forward(tokens)
+        if self.merged:
+            return x
+        low = nn.functional.embedding(tokens, self.lora_embedding_A.T)  # (b, l, r)
+        return x + self.scale * (low @ self.lora_embedding_B.T)
+
+    def delta(self) -> Tensor:
+        """The adapter as one matrix `(v, d)`: `(alpha / r) (B A)^T`."""
+        return self.scale * (self.lora_embedding_B @ self.lora_embedding_A).T
+
+    def folded(self) -> nn.Embedding:
+        """A plain embedding that computes the same, for good."""
+        self.merge()
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        embedding.weight = self.weight
+        return embedding.train(self.training)
+
+    def reset_adapter(self) -> None:
+        """Set A to zero and draw B from the normal distribution: the layer is what it was."""
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
 
 
 def add_adapters(model: nn.Module, config: LoRAConfig) -> list[str]:
@@ -149,29 +209,42 @@ def add_adapters(model: nn.Module, config: LoRAConfig) -> list[str]:
         ConfigError: A target is the name of no linear layer; says which there are.
     """
     found = {
-        f"{place}.{name}": (module, name, child)
+        f"{place}.{name}".lstrip("."): (module, name, child)
         for place, module in model.named_modules()
-        if ".mixer" in f".{place}"
         for name, child in module.named_children()
-        if isinstance(child, nn.Linear) and not isinstance(child, LoRALinear)
+        if not isinstance(child, Adapted)
+        and (isinstance(child, nn.Embedding) or (isinstance(child, nn.Linear) and ".mixer" in f".{place}"))
     }
+    linear = {name for _, name, child in found.values() if isinstance(child, nn.Linear)}
     names = {name for _, name, _ in found.values()}
     for target in config.targets:
         if target not in names:
-            raise ConfigError(f"lora.targets: {unknown('linear layer', target, names)}")
-    chosen = {key: place for key, place in found.items() if place[1] in (config.targets or names)}
+            raise ConfigError(f"lora.targets: {unknown('layer', target, names)}")
+    chosen = {key: place for key, place in found.items() if place[1] in (config.targets or linear)}
     if not chosen:
         raise ConfigError("lora: the model has no linear layer in a mixer")
+    _refuse_tied(model, chosen)
     model.requires_grad_(False)
     for module, name, child in chosen.values():
-        setattr(module, name, LoRALinear(child, config))
+        kind = LoRAEmbedding if isinstance(child, nn.Embedding) else LoRALinear
+        setattr(module, name, kind(child, config))
     return list(chosen)
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def _refuse_tied(model: nn.Module, chosen: dict[str, tuple[nn.Module, str, nn.Module]]) -> None:
+    """Refuse an adapter of an embedding that is the head too: the head would keep the weight without it."""
+    places = list(model.named_parameters(remove_duplicate=False))
+    for key, (_, _, child) in chosen.items():
+        others = [name for name, parameter in places if parameter is child.weight and name != f"{key}.weight"]
+        if others:
+            other = others[0].rpartition(".")[0]
+            raise ConfigError(f"lora.targets: {key} is {other} too; untie them (tie_embeddings: false)")
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbedding]]:
     """Every layer with an adapter, with its dotted name."""
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, (LoRALinear, LoRAEmbedding)):
             yield name, module
 
 
@@ -232,9 +305,9 @@ def save_adapter(
     if not layers:
         raise ConfigError("the model has no adapter to save")
     tensors = {
-        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part).weight.detach().cpu().contiguous()
+        f"{_PREFIX}{name}.{part}": layer.get_parameter(part).detach().cpu().contiguous()
         for name, layer in layers.items()
-        for part in ("lora_A", "lora_B")
+        for part in layer.adapter
     }
     for name in modules:
         for leaf, tensor in model.get_submodule(name).state_dict().items():
@@ -274,7 +347,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAConfig:
     """
     folder = Path(folder)
     config, tensors, modules = _read_adapter(folder)
-    known = {f"{place}.lora_{part}.weight" for place in add_adapters(model, config) for part in ("A", "B")}
+    add_adapters(model, config)
+    known = {f"{name}.{part}" for name, layer in adapters(model) for part in layer.adapter}
     weights = model.state_dict(keep_vars=True)
     known |= {name for name in weights if any(name.startswith(f"{module}.") for module in modules)}
     if wrong := sorted(known ^ tensors.keys()):

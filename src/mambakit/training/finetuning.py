@@ -131,7 +131,10 @@ def build(config: TrainConfig, source: Source) -> nn.Module:
     """
     own = {field.name for field in dataclasses.fields(LanguageModelConfig)}
     given = {key: value for key, value in to_dict(source.model.config).items() if key in own}
-    model = config.task.build_model(merge(given, config.model), config.data)
+    settings = merge(given, config.model)
+    if config.finetune.mode == "lora" and "embedding" in config.finetune.lora.targets:
+        settings["tie_embeddings"] = False  # the head keeps the embedding as it was
+    model = config.task.build_model(settings, config.data)
     language = model.language if isinstance(model, TextClassifier) else model
     if not isinstance(language, LanguageModel):
         raise ConfigError(f"task.type: {config.task.tag!r} does not learn from a language model")
