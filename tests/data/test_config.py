@@ -42,7 +42,7 @@ GENERATED = {
 }
 
 
-@pytest.fixture(params=[*GENERATED, *REQUIRED])
+@pytest.fixture(params=[*GENERATED, "documents", "text", "tokens"])
 def plain(request, tmp_path) -> dict:
     """Plain data of a config whose data are at hand."""
     if request.param == "text":
@@ -51,10 +51,6 @@ def plain(request, tmp_path) -> dict:
     if request.param == "documents":
         (tmp_path / "a.txt").write_text(" ".join(map(str, range(500))))
         return {"type": "documents", "files": [str(tmp_path / "a.txt")], "vocabulary": "bytes", "length": 10}
-    if request.param == "labelled-text":
-        (tmp_path / "a.tsv").write_text("".join(f"text {n}\t{n % 2}\n" for n in range(50)))
-        files = {key: str(tmp_path / "a.tsv") for key in ("train_file", "validation_file", "test_file")}
-        return {"type": "labelled-text", "vocabulary": "bytes", "classes": ["x", "y"], **files}
     if request.param == "tokens":
         write_shards([range(400), range(9)], tmp_path / "train", vocab_size=400)
         write_shards([range(300, 0, -1), range(9)], tmp_path / "validation", vocab_size=400)

@@ -6,8 +6,8 @@ Every linear layer of the mixers may have one, and the embedding. Layers are cal
 so the adapter of `in_proj`, `x_proj`, `dt_proj` and `out_proj` each computes and learns; implementations that
 hand `W` to a fused kernel pass by theirs without a word.
 
-Parameter names are those of the layer with `lora_A.weight` and `lora_B.weight` behind, as in the PEFT library,
-whose folders `save_adapter` writes and `load_adapter` reads.
+Parameter names are those of the layer with `lora_A.weight` and `lora_B.weight` behind, as in the PEFT
+library, whose folders `save_adapter` writes and `load_adapter` reads.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2106.09685), section 4.1.
 """
