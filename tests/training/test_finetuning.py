@@ -118,9 +118,12 @@ def test_every_mode_learns_and_comes_back(folder, tmp_path, mode):
         assert changed == {name for name in before if ".1." in name or "norm_f" in name}
 
 
-def test_adapters_alone_give_the_same_model(folder, tmp_path):
-    finetune(folder, tmp_path / "run", finetune={"mode": "lora"})
+@pytest.mark.parametrize("targets", [[], ["embedding", "in_proj"]], ids=["mixers", "embedding"])
+def test_adapters_alone_give_the_same_model(folder, tmp_path, targets):
+    finetuned = {"mode": "lora", "lora": {"targets": targets}}
+    summary = finetune(folder, tmp_path / "run", finetune=finetuned, train={"steps": 20, "ema": 0.9})
     model, config, _ = load_run(tmp_path / "run")
+    assert evaluate(model, config) == pytest.approx(summary["metrics"], rel=1e-5)
     again = TextClassification().build_model(config.model)
     again.language.load_state_dict(load_run(folder / "language")[0].state_dict())
     lora.load_adapter(again, tmp_path / "run" / "adapter")

@@ -171,7 +171,14 @@ class LoRAEmbedding(Adapted, nn.Embedding):
         self.train(embedding.training)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up tokens `(b, l)`; gives `(b, l, d)`."""
+        """Look up tokens.
+
+        Args:
+            tokens: Token numbers `(b, l)`, integers.
+
+        Returns:
+            Activations `(b, l, d)`.
+        """
         x = super().forward(tokens)
         if self.merged:
             return x
