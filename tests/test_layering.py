@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "families": {"checkpoints", *_MODELS},
     "load": {"checkpoints", "families", *_MODELS},
     "generation": {"ops", *_MODELS},  # its decode engine calls a native kernel of its own
-    "training": {"data", "files", "generation", *_MODELS},
+    "training": {"checkpoints", "data", "files", "generation", "load", *_MODELS},
+    "evaluation": {"data", "files", "generation", "ops", "training", *_MODELS},
     "recipes": {"config", "data", "training"},
     # Other libraries' words for ours: mamba_ssm's and causal_conv1d's names, transformers' classes.
     "compat": {"checkpoints", "config", "generation", "layers", "ops"},
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "cli": {
         "checkpoints",
         "data",
+        "evaluation",
         "files",
         "generation",
         "load",

@@ -24,6 +24,8 @@ from mambakit.cli.bench import bench
 from mambakit.cli.console import complain, out
 from mambakit.cli.doctor import doctor
 from mambakit.cli.eval import evaluate
+from mambakit.cli.evaluate import evaluate_model
+from mambakit.cli.finetune import finetune
 from mambakit.cli.generate import generate
 from mambakit.cli.recipes import recipes
 from mambakit.cli.train import train
@@ -38,8 +40,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(finetune)
 app.command()(generate)
 app.command(name="eval")(evaluate)
+app.command(name="evaluate")(evaluate_model)
 app.command()(recipes)
 app.command()(doctor)
 app.command()(bench)

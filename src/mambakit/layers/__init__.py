@@ -4,6 +4,7 @@ Importing this package registers every mixer under its `type`.
 """
 
 from mambakit.layers.attention import Attention, AttentionConfig
+from mambakit.layers.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from mambakit.layers.mamba1 import Mamba1, Mamba1Config
 from mambakit.layers.mamba2 import Mamba2, Mamba2Config
 from mambakit.layers.mamba3 import Mamba3, Mamba3Config
@@ -27,6 +28,9 @@ __all__ = [
     "Context",
     "GatedMLP",
     "GatedMLPConfig",
+    "LoRAConfig",
+    "LoRAEmbedding",
+    "LoRALinear",
     "MLPConfig",
     "Mamba1",
     "Mamba1Config",
