@@ -11,6 +11,7 @@ from mambakit.layers.mixer import Context, Mixer, MixerConfig, State
 from mambakit.layers.mlp import MLP, GatedMLP, GatedMLPConfig, MLPConfig
 from mambakit.layers.moe import MoE, MoEConfig
 from mambakit.layers.parallel import Parallel, ParallelConfig
+from mambakit.layers.quantised import RoundedExperts, RoundedLinear, quantise
 from mambakit.layers.s4 import S4, S4Config
 from mambakit.layers.s4d import S4D, S4DConfig
 from mambakit.layers.selective_ssm import SelectiveSSM
@@ -38,10 +39,13 @@ __all__ = [
     "MoEConfig",
     "Parallel",
     "ParallelConfig",
+    "RoundedExperts",
+    "RoundedLinear",
     "S4Config",
     "S4DConfig",
     "SelectiveSSM",
     "SignedMamba1",
     "SignedMamba1Config",
     "State",
+    "quantise",
 ]
