@@ -198,7 +198,7 @@ class Conversation:
         if metadata.get("format") != _FORMAT:
             found = metadata.get("format")
             raise ValueError(f"{where!r} is no conversation of this version: {found!r}, expected {_FORMAT!r}")
-        belongs, own = json.loads(metadata.get("model", "{}")), fingerprint(model)
+        belongs, own = _model_of(metadata, where), fingerprint(model)
         for part, difference in _DIFFERENCES.items():
             if belongs.get(part) != own[part]:
                 raise ValueError(f"{where!r} belongs to another model than this: {difference}")
@@ -239,6 +239,16 @@ def _header(path: str) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"cannot read a conversation from {path!r}: {error}") from None
+
+
+def _model_of(metadata: dict[str, str], path: str) -> dict[str, str]:
+    try:
+        found = json.loads(metadata.get("model", "{}"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path!r} is damaged: its header does not say which model it belongs to")
+    return found
 
 
 def _digest(content: State) -> str:
