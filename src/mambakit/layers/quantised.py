@@ -124,7 +124,7 @@ class Rounded(nn.Module):
 
     Attributes:
         form: The form.
-        example: An empty tensor on the device and of the type in which the weight is used.
+        dtype: Type in which the weight is used; `to(dtype)` changes it, and no integer.
     """
 
     def __init__(
@@ -149,12 +149,17 @@ class Rounded(nn.Module):
             scales = torch.zeros((*rows, groups), dtype=torch.bfloat16, device=device)
         self.register_buffer("integers", integers)
         self.register_buffer("scales", scales)
-        self.register_buffer("example", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.dtype = dtype or torch.get_default_dtype()
 
     @property
     def weight(self) -> Tensor:
         """The weight `(..., d_out, d_in)`, made anew."""
-        return self.restored(self.example.dtype)
+        return self.restored(self.dtype)
+
+    @property
+    def example(self) -> Tensor:
+        """An empty tensor on the device and of the type in which the weight is used."""
+        return torch.empty(0, dtype=self.dtype, device=self.integers.device)
 
     def restored(self, dtype: torch.dtype) -> Tensor:
         """The weight `(..., d_out, d_in)` in some type, made anew."""
@@ -171,7 +176,8 @@ class Rounded(nn.Module):
     def _apply(self, fn, recurse=True):
         scales = self.scales
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:  # `model.to(dtype)` changes what the weight is used in
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
         return self
 
@@ -258,7 +264,7 @@ class RoundedExperts(Rounded):
         ys = []
         for expert, piece in enumerate(x.split(counts.tolist())):
             if len(piece):
-                one = (self.integers[expert], self.scales[expert], self.shape[-1], self.example.dtype)
+                one = (self.integers[expert], self.scales[expert], self.shape[-1], self.dtype)
                 ys.append(F.linear(piece, restore_weight(*one)))
         return torch.cat(ys) if ys else x.new_zeros(0, self.shape[1])
 
@@ -266,10 +272,11 @@ class RoundedExperts(Rounded):
 def roundable(model: nn.Module) -> Iterator[tuple[str, nn.Linear | ExpertLinear]]:
     """The linear layers of a model that `quantise` replaces, by name.
 
-    Not routers, and not a head whose weight is the embedding's.
+    Not routers, and not a head whose weight is the embedding's. A layer with several names, as in shared
+    blocks, comes once for each.
     """
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         known = type(module) is nn.Linear or type(module) is ExpertLinear
         if known and name.rpartition(".")[2] not in _ROUTERS and id(module.weight) not in tied:
             yield name, module
@@ -293,21 +300,31 @@ def quantise(model: nn.Module, form: RoundedForm) -> nn.Module:
     before = form_of(model)
     if before is not None:
         raise ValueError(f"quantize: the model's weights are {before} already")
-    for name, layer in list(roundable(model)):
-        made = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        if type(layer) is nn.Linear:
-            sizes = (layer.in_features, layer.out_features, form)
-            new = RoundedLinear(*sizes, bias=layer.bias is not None, **made)
-            new.bias = layer.bias
-        else:
-            experts, d_out, d_in = layer.weight.shape
-            new = RoundedExperts(experts, d_in, d_out, form, **made)
-        if layer.weight.device.type != "meta":
-            new.round_(layer.weight)
-        new.train(layer.training)
+    names = [
+        (name, id(layer)) for name, layer in roundable(model)
+    ]  # not the layers: each is to be freed in turn
+    made: dict[int, Rounded] = {}
+    for name, which in names:
+        if which not in made:
+            made[which] = _like(model.get_submodule(name), form)
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
+        setattr(model.get_submodule(parent), last, made[which])
     return model
+
+
+def _like(layer: nn.Linear | ExpertLinear, form: RoundedForm) -> Rounded:
+    """A layer with the weight of another one, rounded."""
+    made = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    if type(layer) is nn.Linear:
+        sizes = (layer.in_features, layer.out_features, form)
+        new = RoundedLinear(*sizes, bias=layer.bias is not None, **made)
+        new.bias = layer.bias
+    else:
+        experts, d_out, d_in = layer.weight.shape
+        new = RoundedExperts(experts, d_in, d_out, form, **made)
+    if layer.weight.device.type != "meta":
+        new.round_(layer.weight)
+    return new.train(layer.training)
 
 
 def form_of(model: nn.Module) -> RoundedForm | None:
