@@ -1,4 +1,4 @@
-"""Published checkpoints with rounded weights: rounded while they are read, saved, loaded, and what it costs."""
+"""Checkpoints with rounded weights: rounded while they are read, saved, loaded, and what it costs."""
 
 from __future__ import annotations
 
@@ -47,9 +47,8 @@ def test_rounding_while_reading_is_rounding_afterwards_and_survives_a_file(check
     assert equal(again, model) and equal(mambakit.load(tmp_path / "small", quantize=form), model)
     tokens = torch.arange(12).view(2, 6)
     assert torch.equal(again(tokens), model(tokens)) and not again.training
-    assert {p.dtype for p in mambakit.load(tmp_path / "small", dtype=torch.float64).parameters()} == {
-        torch.float64
-    }
+    wide = mambakit.load(tmp_path / "small", dtype=torch.float64)
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
 
 
 def test_no_more_than_one_weight_exists_in_its_own_precision(checkpoints, monkeypatch):

@@ -300,9 +300,8 @@ def quantise(model: nn.Module, form: RoundedForm) -> nn.Module:
     before = form_of(model)
     if before is not None:
         raise ValueError(f"quantize: the model's weights are {before} already")
-    names = [
-        (name, id(layer)) for name, layer in roundable(model)
-    ]  # not the layers: each is to be freed in turn
+    # Names, not the layers: each is to be freed when its turn has come.
+    names = [(name, id(layer)) for name, layer in roundable(model)]
     made: dict[int, Rounded] = {}
     for name, which in names:
         if which not in made:
