@@ -20,6 +20,7 @@ from mambakit.generation import (
     generate_text,
     speculate,
     stream,
+    stream_reply,
     stream_text,
 )
 from mambakit.layers import (
@@ -94,5 +95,6 @@ __all__ = [
     "save",
     "speculate",
     "stream",
+    "stream_reply",
     "stream_text",
 ]

@@ -14,7 +14,7 @@ from mambakit.generation.engine import DecodeEngine
 from mambakit.generation.recorded import RecordedDecoder
 from mambakit.generation.sampling import Sampler, Sampling
 from mambakit.generation.speculative import Acceptance, speculate
-from mambakit.generation.text import StopStrings, Tokenizer, generate_text, stream_text
+from mambakit.generation.text import StopStrings, Tokenizer, generate_text, stream_reply, stream_text
 
 __all__ = [
     "Acceptance",
@@ -31,5 +31,6 @@ __all__ = [
     "generate_text",
     "speculate",
     "stream",
+    "stream_reply",
     "stream_text",
 ]

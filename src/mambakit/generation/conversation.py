@@ -62,8 +62,8 @@ class Conversation:
         """
         if not len(tokens):
             return
-        new = [*self.tokens[-1:], *tokens]
-        self.tokens += tokens
+        new = [*self.tokens[-1:], *map(int, tokens)]
+        self.tokens += map(int, tokens)
         if len(new) == 1:
             return
         was_training = self.model.training

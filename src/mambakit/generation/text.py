@@ -14,6 +14,7 @@ from mambakit.generation.decode import stream
 from mambakit.generation.sampling import Sampling
 
 if TYPE_CHECKING:
+    from mambakit.generation.conversation import Conversation
     from mambakit.generation.engine import DecodeEngine
     from mambakit.generation.recorded import RecordedDecoder
     from mambakit.models.language import LanguageModel
@@ -171,6 +172,52 @@ def stream_text(
     )
     tokens = (int(step) for step in steps)
     return pieces(tokens, Characters(tokenizer, context), watch, frozenset(stop_tokens))
+
+
+def stream_reply(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    min_tokens: int = 0,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    stop_tokens: Sequence[int] = (),
+    engine: DecodeEngine | RecordedDecoder | str = "auto",
+) -> Iterator[str]:
+    """Add a prompt to a conversation and yield its continuation as text, piece by piece.
+
+    What ends the text, a stop string or token, is not yielded but was said: the conversation goes on after it.
+
+    Args:
+        conversation: What was said so far; the prompt is read now, and what is written becomes part of it.
+        tokenizer: The tokenizer that the model was trained with.
+        prompt: The text to add, which may be empty where something was said already.
+        max_tokens: How many tokens to generate at most.
+        min_tokens: Before so many tokens none of `stop_tokens` is chosen.
+        sampling: How to choose; `None` is plain sampling.
+        stop: Strings that end the text; neither they nor anything after them is yielded.
+        stop_tokens: Tokens that end the text; they are not yielded.
+        engine: Decode engine for the new tokens, as for `stream`.
+
+    Yields:
+        Non-empty pieces of text.
+
+    Raises:
+        ValueError: Nothing was said, and the prompt is empty; an empty stop string, or a count below 1.
+    """
+    watch = StopStrings(stop)
+    conversation.read(tokenizer.encode(prompt))
+    steps = conversation.write(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        vocab_size=tokenizer.vocab_size,
+        engine=engine,
+    )
+    return pieces(steps, Characters(tokenizer, conversation.tokens), watch, frozenset(stop_tokens))
 
 
 def generate_text(
