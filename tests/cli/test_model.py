@@ -130,3 +130,13 @@ def test_an_unknown_form_of_weights(cli, checkpoint, text_run):
         code, _, error = cli("generate", model, "to be", "--quantize", "int9")
         assert code == 2 and "unknown form 'int9'; did you mean 'int" in " ".join(error.split())
     assert cli("generate", text_run, "to be", "--quantize", "int8", "--max-tokens", "3")[0] == 0
+
+
+def test_a_draft_changes_no_greedy_text(cli, text_run, checkpoint, tmp_path):
+    base = ["generate", text_run, "to be", "--max-tokens", "30", "--temperature", "0", "--stop", "zzz"]
+    plain = cli(*base)[1]
+    assert cli(*base, "--draft", text_run)[1] == plain
+    code, _, error = cli(*base, "--draft", checkpoint)
+    assert code == 2 and "its tokeniser is another one" in " ".join(error.split())
+    code, _, error = cli(*base, "--draft", text_run, "--save-state", tmp_path / "x")
+    assert code == 2 and "cannot be combined" in error

@@ -65,6 +65,21 @@ def test_a_ragged_batch_writes_what_its_rows_write_alone(toy, sampling):
         assert torch.equal(same, together)
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "mamba3", "bamba"])
+def test_kernels_of_the_processor_keep_padding_out_too(named_toy, name):
+    model = named_toy(name, torch.float32)
+    state = model.init_state(len(LENGTHS))
+    logits = model.lm_head(read(model, as_prompts(ragged()), state, 6))
+    for number, row in enumerate(ragged()):
+        own = model.init_state(1)
+        torch.testing.assert_close(
+            logits[number], model(torch.tensor([row]), own)[0, -1], rtol=1e-4, atol=1e-4
+        )
+        for (leaf, found), (_, alone) in zip(state.tensors(), own.tensors(), strict=True):
+            if leaf.endswith(("ssm", "conv")):
+                torch.testing.assert_close(found[number], alone[0], rtol=1e-4, atol=1e-5)
+
+
 def test_rows_of_a_ragged_batch_end_each_for_itself(some_toy):
     rows = ragged()
     free = generate(some_toy, rows, max_tokens=8, sampling=Sampling(seed=1))

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mambakit.cli.console import out
-from mambakit.cli.model import writer
+from mambakit.cli.model import Writer, writer
 from mambakit.cli.options import Backend, Model, forced
 from mambakit.config import ConfigError
-from mambakit.generation import Conversation, DecodeEngine, Sampling, stream_reply, stream_text
+from mambakit.generation import (
+    Conversation,
+    DecodeEngine,
+    Sampling,
+    StopStrings,
+    speculate,
+    stream_reply,
+    stream_text,
+)
+from mambakit.generation.text import Characters
+from mambakit.generation.text import pieces as text_pieces
 from mambakit.training import device as devices
 
 
@@ -49,6 +60,10 @@ def generate(
         str | None,
         typer.Option(metavar="FORM", help="Keep the linear layers' weights as int8 or int4."),
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A smaller model that proposes tokens; the text does not suffer."),
+    ] = None,
     from_state: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Go on where this saved conversation stands.")
     ] = None,
@@ -83,6 +98,8 @@ def generate(
     )
     if prompt is None and from_state is None:
         raise ConfigError("PROMPT is missing, the text to continue; only --from-state needs none")
+    if draft is not None and (from_state or save_state or min_tokens):
+        raise ConfigError("--draft cannot be combined with --from-state, --save-state or --min-tokens")
     place = devices.choose(device)
     found = writer(model, dtype, quantize)
     speaker = found.model.to(place)
@@ -98,7 +115,12 @@ def generate(
     }
     talk = None
     with forced(backend):
-        if from_state is None and save_state is None:
+        if draft is not None:
+            helper = writer(draft, dtype)
+            helper.model.to(place)
+            sizes = {"max_tokens": max_tokens, "prefill_chunk": prefill_chunk}
+            pieces = _with_draft(found, helper, prompt, stop or (), sampling, sizes)
+        elif from_state is None and save_state is None:
             settings["prefill_chunk"] = prefill_chunk
             pieces = stream_text(speaker, found.tokenizer, prompt, **settings)
         else:
@@ -114,3 +136,21 @@ def generate(
             typer.echo()  # after Ctrl-C too
     if save_state is not None:  # not after Ctrl-C, which may have come in the middle of a step
         talk.save(save_state)
+
+
+def _with_draft(
+    found: Writer,
+    draft: Writer,
+    prompt: str,
+    stop: Sequence[str],
+    sampling: Sampling,
+    sizes: Mapping[str, int],
+) -> Iterator[str]:
+    """The text of a model that is helped by a smaller one."""
+    tokenizer, ends = found.tokenizer, found.stop_tokens
+    if tokenizer.describe() != draft.tokenizer.describe():
+        raise ConfigError("--draft: its tokeniser is another one, expected a model with the same tokens")
+    tokens, watch = tokenizer.encode(prompt).tolist(), StopStrings(stop)
+    most = {"vocab_size": tokenizer.vocab_size, **sizes}
+    steps = speculate(found.model, draft.model, tokens, sampling=sampling, stop_tokens=ends, **most)
+    return text_pieces(steps, Characters(tokenizer, tokens), watch, frozenset(ends))

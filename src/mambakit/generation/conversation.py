@@ -1,8 +1,8 @@
 """A text in the making that can be put down, picked up again, and forked.
 
-A recurrent model remembers a text of any length in the same few kilobytes. So a conversation can be saved in
-one small file and goes on where it was, without reading its past again; and from one prefix, a document or a
-long instruction, any number of continuations set out by copying those kilobytes. A cache of keys and values
+A recurrent model remembers a text of any length in a state of the same size. So a conversation can be saved
+in one file and goes on where it was, without reading its past again; and from one prefix, a document or a
+long instruction, any number of continuations set out from copies of that state. A cache of keys and values
 grows with the text, and all of it would have to be stored and copied.
 """
 

@@ -188,7 +188,7 @@ def stream_reply(
 ) -> Iterator[str]:
     """Add a prompt to a conversation and yield its continuation as text, piece by piece.
 
-    What ends the text, a stop string or token, is not yielded but was said: the conversation goes on after it.
+    What ends the text, a stop string or token, is not yielded but was said: what follows comes after it.
 
     Args:
         conversation: What was said so far; the prompt is read now, and what is written becomes part of it.

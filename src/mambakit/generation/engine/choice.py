@@ -16,7 +16,7 @@ from mambakit.generation.engine.engine import DecodeEngine
 from mambakit.generation.engine.weights import FORMS, Form
 from mambakit.generation.recorded import RecordedDecoder
 from mambakit.generation.recorded import choice as recorded
-from mambakit.layers.quantised import form_of
+from mambakit.layers.quantised import RoundedExperts, form_of
 from mambakit.ops.dispatch import is_forced
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def engine_for(
         raise ValueError(f"engine: {unknown('choice', wanted, CHOICES)}")
     if wanted == "off":
         return None
-    if wanted == "auto" and is_forced():
-        return None
+    if wanted == "auto" and (is_forced() or any(isinstance(m, RoundedExperts) for m in model.modules())):
+        return None  # rounded experts are chosen on the host, which cannot be recorded
     if wanted == "recorded" or (wanted == "auto" and any(p.is_cuda for p in model.parameters())):
         reason = recorded.reason_against(model, state, batch)
         if reason is None and (wanted != "auto" or recorded.is_worth_it(model, max_tokens)):
