@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mambakit.config import unknown
-from mambakit.generation.prompts import as_prompts, read
+from mambakit.generation.prompts import Prompts, as_prompts, read
 
 if TYPE_CHECKING:
     from mambakit.models.language import LanguageModel
@@ -98,23 +98,32 @@ def beam_search(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            state = model.init_state(
-                len(searches), max_length=prompts.tokens.shape[1] + min(max_tokens, 4096)
-            )
-            logits = model.lm_head(read(model, prompts, state, prefill_chunk))[:, :vocab_size]
-            # From one text of each prompt to `beams`, of which all but the first have no chance yet.
-            rows = torch.arange(len(searches), device=logits.device).repeat_interleave(beams)
-            state, logits = state.select(rows), logits[rows]
-            while not all(search.is_done for search in searches):
-                scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-                took, new = _advance(searches, scores.unflatten(0, (-1, beams)))
-                state = state.select(took)
-                if not all(search.is_done for search in searches):
-                    logits = model(new[:, None], state)[:, -1, :vocab_size]
+        _run(model, prompts, searches, choices, prefill_chunk)
     finally:
         model.train(was_training)
     return [search.finished for search in searches]
+
+
+@torch.no_grad()
+def _run(
+    model: LanguageModel, prompts: Prompts, searches: list[_Search], vocab_size: int, prefill_chunk: int
+) -> None:
+    """Search until all prompts are done."""
+    beams, max_tokens = searches[0].beams, searches[0].max_tokens
+    room = prompts.tokens.shape[1] + min(max_tokens, 4096)
+    state = model.init_state(len(searches), max_length=room)
+    logits = model.lm_head(read(model, prompts, state, prefill_chunk))
+    # From one text of each prompt to as many rows as there are beams, of which the first alone counts yet.
+    rows = torch.arange(len(searches), device=logits.device).repeat_interleave(beams)
+    state, logits = state.select(rows), logits[rows]
+    while True:
+        logits = logits[:, :vocab_size]
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        took, new = _advance(searches, scores.unflatten(0, (-1, beams)))
+        if all(search.is_done for search in searches):
+            return
+        state = state.select(took)
+        logits = model(new[:, None], state)[:, -1]
 
 
 def _advance(searches: list[_Search], scores: Tensor) -> tuple[Tensor, Tensor]:

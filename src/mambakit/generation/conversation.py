@@ -158,8 +158,7 @@ class Conversation:
 
     def fork(self) -> Conversation:
         """An independent copy, which goes its own way from here."""
-        other = Conversation.__new__(Conversation)
-        other.model, other.chunk = self.model, self.chunk
+        other = Conversation(self.model, chunk=self.chunk)
         other.tokens, other.state = list(self.tokens), self.state.clone()
         return other
 
