@@ -44,7 +44,15 @@ SHORTENED = {"train": SHORT, "finetune": ["train.steps=2", "train.batch_size=2",
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/using.md", "docs/decoding.md", "docs/finetuning.md", "docs/evaluation.md"],
+    [
+        "README.md",
+        "docs/using.md",
+        "docs/decoding.md",
+        "docs/generation.md",
+        "docs/conversations.md",
+        "docs/finetuning.md",
+        "docs/evaluation.md",
+    ],
 )
 def test_what_a_page_shows_runs_in_its_order(page, tmp_path, monkeypatch, capsys):
     """Its commands, its recipes and its Python, in one folder; `print(x)  # this` promises its output."""

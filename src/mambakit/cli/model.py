@@ -14,6 +14,7 @@ from mambakit.checkpoints import CheckpointError, locate
 from mambakit.checkpoints.files import CONFIG, read_config
 from mambakit.config import ConfigError, unknown
 from mambakit.data.tokenizers import Subwords, Tokenizer
+from mambakit.layers.quantised import ROUNDED_FORMS, quantise
 from mambakit.load import load
 from mambakit.models.language import LanguageModel
 from mambakit.training import load_run, load_tokenizer
@@ -37,12 +38,13 @@ class Writer:
     stop_tokens: Sequence[int] = ()
 
 
-def writer(word: str, dtype: str | None = None) -> Writer:
+def writer(word: str, dtype: str | None = None, quantize: str | None = None) -> Writer:
     """Load the model that a word names.
 
     Args:
         word: A run folder, a checkpoint folder, or a repository such as `state-spaces/mamba-130m-hf`.
         dtype: Type of a checkpoint's weights; as stored by default.
+        quantize: Form in which the linear layers' weights are kept, `int8` or `int4`.
 
     Returns:
         The model and its tokeniser.
@@ -52,14 +54,16 @@ def writer(word: str, dtype: str | None = None) -> Writer:
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(unknown("dtype", dtype, DTYPES))
+    if quantize not in (None, *ROUNDED_FORMS):
+        raise ConfigError(unknown("form", quantize, ROUNDED_FORMS))
     if _is_run(word):
-        return _of_run(word)
+        return _of_run(word, quantize)
     folder = locate(word)
     published = read_config(folder)
     if not (folder / _TOKENIZER).is_file():
         raise CheckpointError(f"{folder} has no {_TOKENIZER}, which turns text into tokens")
     tokenizer = Subwords.from_file(folder / _TOKENIZER)
-    model = load(folder, dtype=None if dtype is None else DTYPES[dtype])
+    model = load(folder, dtype=None if dtype is None else DTYPES[dtype], quantize=quantize)
     return Writer(model, tokenizer, _ends(folder, published))
 
 
@@ -71,14 +75,14 @@ def _is_run(word: str) -> bool:
     return folder.exists() or word.count("/") != 1 or folder.parent.is_dir()
 
 
-def _of_run(word: str) -> Writer:
+def _of_run(word: str, quantize: str | None) -> Writer:
     model, config, _ = load_run(word)
     tokenizer = load_tokenizer(word)
     if tokenizer is None:
         raise ConfigError(
             f"{word} was trained on {config.data.tag} data, which is not text: nothing to generate"
         )
-    return Writer(model, tokenizer)
+    return Writer(model if quantize is None else quantise(model, quantize), tokenizer)
 
 
 def _ends(folder: Path, published: dict[str, Any]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from mambakit.layers.mlp import MLP, GatedMLP, GatedMLPConfig, MLPConfig
 from mambakit.layers.moe import MoE, MoEConfig
 from mambakit.layers.multihead_mamba1 import MultiHeadMamba1, MultiHeadMamba1Config
 from mambakit.layers.parallel import Parallel, ParallelConfig
+from mambakit.layers.quantised import RoundedExperts, RoundedLinear, quantise
 from mambakit.layers.s4 import S4, S4Config
 from mambakit.layers.s4d import S4D, S4DConfig
 from mambakit.layers.selective_ssm import SelectiveSSM
@@ -46,6 +47,8 @@ __all__ = [
     "MultiHeadMamba1Config",
     "Parallel",
     "ParallelConfig",
+    "RoundedExperts",
+    "RoundedLinear",
     "S4Config",
     "S4DConfig",
     "SelectiveSSM",
@@ -54,4 +57,5 @@ __all__ = [
     "SignedMamba1",
     "SignedMamba1Config",
     "State",
+    "quantise",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mambakit.layers import rotary
 from mambakit.layers.conv import CausalConv1d
 from mambakit.layers.init import check_positive
-from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, recurrent_dtype
+from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, example, recurrent_dtype
 from mambakit.ops.attention import KVCache, attention
 
 FIRST_CAPACITY = 64
@@ -145,11 +145,12 @@ class Attention(Mixer, config=AttentionConfig):
 
         Args:
             x: Activations `(b, l, d_model)`.
-            state: Cache `k`, `v` `(b, capacity, g, p)`, `seq_idx` `(b, capacity)` and `length` `()`, with a
-                convolution also its last inputs `conv` `(b, w-1, (h + 2 g) p)`, overwritten in place; a full
-                cache is replaced by one of twice the capacity.
+            state: Cache `k`, `v` `(b, capacity, g, p)`, `seq_idx` `(b, capacity)` and `length` `()`, with
+                rotary positions the next `position` of each row `(b,)`, with a convolution its last inputs
+                `conv` `(b, w-1, (h + 2 g) p)`; overwritten in place; a full cache is replaced by one of twice
+                the capacity.
             context: Its `seq_idx` separates documents; its `positions` replace the count from the state's
-                length.
+                `position`, which goes on from them.
 
         Returns:
             Activations `(b, l, d_out)`.
@@ -182,6 +183,8 @@ class Attention(Mixer, config=AttentionConfig):
             positions = self._count(q, state) if context.positions is None else context.positions
             cos, sin = rotary.angles(positions, self.rotary_dims, config.rope, recurrent_dtype(q.dtype))
             q, k = (rotary.rotate(t, cos, sin, interleaved=config.rope_interleaved) for t in (q, k))
+            if state is not None:
+                state["position"].copy_(positions[..., -1] + 1)
         scale = config.scale
         if config.key_scale != 1:  # taken with the scores: the cache holds the keys themselves
             scale = config.key_scale * (self.head_dim**-0.5 if scale is None else scale)
@@ -211,7 +214,7 @@ class Attention(Mixer, config=AttentionConfig):
 
         It has room for `max_length` tokens (64 by default), at most for the window, and grows by doubling.
         """
-        weight, window = self.k_proj.weight, self.config.window
+        weight, window = example(self.k_proj), self.config.window
         device, dtype = device or weight.device, dtype or weight.dtype
         capacity = FIRST_CAPACITY if max_length is None else max_length
         capacity = capacity if window is None else min(capacity, window)
@@ -225,6 +228,9 @@ class Attention(Mixer, config=AttentionConfig):
         if self.conv1d is not None:
             channels, _, width = self.conv1d.weight.shape
             leaves["conv"] = torch.zeros(batch, width - 1, channels, device=device, dtype=dtype)
+        if self.config.rope is not None:
+            # Apart from the length: rows padded on the left, and documents in one row, count for themselves.
+            leaves["position"] = torch.zeros(batch, device=device, dtype=torch.int64)
         return State(leaves)
 
     def reset_parameters(self) -> None:
@@ -251,9 +257,9 @@ class Attention(Mixer, config=AttentionConfig):
 
     @staticmethod
     def _count(x: Tensor, state: State | None) -> Tensor:
-        """Positions `(l,)` of the new tokens, counted from the state's length."""
-        start = 0 if state is None else int(state["length"])
-        return torch.arange(start, start + x.shape[1], device=x.device)
+        """Positions `(l,)` or `(b, l)` of the new tokens."""
+        count = torch.arange(x.shape[1], device=x.device)
+        return count if state is None else state["position"][:, None] + count
 
 
 def _make_room(state: State, new: int, window: int | None) -> None:

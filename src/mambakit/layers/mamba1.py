@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mambakit.config import unknown
 from mambakit.layers.conv import CausalConv1d
 from mambakit.layers.init import check_dt_range, check_positive
-from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, recurrent_dtype
+from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, example, recurrent_dtype
 from mambakit.layers.selective_ssm import SelectiveSSM
 
 
@@ -145,7 +145,7 @@ class Mamba1(Mixer, config=Mamba1Config):
         dtype: torch.dtype | None = None,
     ) -> State:
         """Make an empty state: the last `w-1` inputs of the convolution and the SSM's `(d, n)` state."""
-        d_inner, weight = self.out_proj.in_features, self.in_proj.weight
+        d_inner, weight = self.out_proj.in_features, example(self.in_proj)
         device, dtype = device or weight.device, dtype or weight.dtype
         return State(
             {

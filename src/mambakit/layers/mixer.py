@@ -293,3 +293,12 @@ class Mixer(nn.Module):
 def recurrent_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type in which a recurrence runs and its state is kept: float32, or wider where the data is."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def example(linear: nn.Module) -> Tensor:
+    """A tensor on the device and of the type in which a linear layer computes.
+
+    Its weight, or, where that is restored at every use, an empty one.
+    """
+    kept = getattr(linear, "example", None)
+    return linear.weight if kept is None else kept
