@@ -27,11 +27,13 @@ MAY_IMPORT = {
     "families": {"checkpoints", *_MODELS},
     "load": {"checkpoints", "families", *_MODELS},
     "generation": {"ops", *_MODELS},  # its decode engine calls a native kernel of its own
+    "export": {"config", "files", "ops", *_MODELS},
     "training": {"data", "files", "generation", *_MODELS},
     "recipes": {"config", "data", "training"},
     "cli": {
         "checkpoints",
         "data",
+        "export",
         "files",
         "generation",
         "load",

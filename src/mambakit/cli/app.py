@@ -24,6 +24,7 @@ from mambakit.cli.bench import bench
 from mambakit.cli.console import complain, out
 from mambakit.cli.doctor import doctor
 from mambakit.cli.eval import evaluate
+from mambakit.cli.export import export
 from mambakit.cli.generate import generate
 from mambakit.cli.recipes import recipes
 from mambakit.cli.train import train
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(generate)
 app.command(name="eval")(evaluate)
+app.command()(export)
 app.command()(recipes)
 app.command()(doctor)
 app.command()(bench)
