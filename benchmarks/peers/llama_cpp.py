@@ -19,7 +19,7 @@ from benchmarks.peers import Step
 from mambakit import LanguageModel
 from mambakit.export import export_gguf
 
-BOUNDS = {"f32": 2e-3, "bf16": 6e-2, "q8_0": 6e-2, "q4_0": 0.5}
+BOUNDS = {"f32": 2e-3, "f16": 2e-2, "bf16": 6e-2, "q8_0": 6e-2, "q4_0": 0.5}
 """Largest relative difference of logits: of quantised random weights only that they are not nonsense."""
 CONTEXT = 1024
 
