@@ -41,7 +41,7 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/using.md", "docs/decoding.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/using.md", "docs/decoding.md", "docs/export.md"])
 def test_what_a_page_shows_runs_in_its_order(page, tmp_path, monkeypatch, capsys):
     """Its commands, its recipes and its Python, in one folder; `print(x)  # this` promises its output."""
     text = (ROOT / page).read_text(encoding="utf-8")

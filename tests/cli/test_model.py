@@ -74,3 +74,21 @@ def test_a_checkpoint_without_a_tokeniser(cli, checkpoint):
 
 def test_other_types_of_weights(cli, checkpoint):
     assert cli("generate", str(checkpoint), "to be", "--max-tokens", "3", "--dtype", "bfloat16")[0] == 0
+
+
+def test_a_checkpoint_is_exported(cli, checkpoint, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    (checkpoint / "tokenizer.json").unlink()  # words are none of llama.cpp's
+    target = tmp_path / "tiny.gguf"
+    code, shown, said = cli("export", str(checkpoint), str(target), "--to", "gguf", "--dtype", "f16")
+    assert code == 0 and shown.startswith(str(target)) and "token numbers only" in said
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
+    weight = mambakit.load(checkpoint).embedding.weight.detach()
+    assert torch.equal(torch.tensor(tensors["token_embd.weight"].data), weight.half())
+    for words, reason in (
+        (("--to", "gguf"), "exists, expected a new file"),
+        (("--to", "onnx", "--dtype", "f16"), "ONNX graphs are written in float32"),
+        (("--to", "onxx"), "onnx"),
+    ):
+        code, _, said = cli("export", str(checkpoint), str(target), *words)
+        assert code == 2 and reason in said

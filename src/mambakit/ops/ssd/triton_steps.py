@@ -56,11 +56,12 @@ def prepare(
     dt_b, dt_l, dt_h, length, h, chunks, dt_min, dt_max,
     Q: tl.constexpr, H: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """For H heads of a chunk, as (b, h, c, Q): step sizes, zero where there is no token (without A, when `dt` is
-    the logarithm of the decay: 1 and 0, and the logarithms in `logs`); logarithms of the decay from the entry (`since`; from a later document's first token), from the entry to tokens of the
+    """For H heads of a chunk, as (b, h, c, Q): step sizes, zero where there is no token; logarithms of the
+    decay from the entry (`since`; from a later document's first token), from the entry to tokens of the
     document that enters (`entry`), and to the end from tokens of the document that leaves (`end`). As (b, h,
     c): of the whole chunk (`total`). As (b, c, Q): document borders up to each token, counted from the token
-    before the chunk.
+    before the chunk. Without A, `dt` is the natural logarithm of the decay: its power of two goes to `logs`,
+    and to `steps` 1 where there is a token.
     """
     chunk, part, row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.arange(0, Q)

@@ -1,13 +1,15 @@
 """The recurrence of Mamba-3 as one run of `ssd`, and so by its kernels: C++ on CPUs, Triton on GPUs.
 
-A token reads of itself what it enters with, `w_t dt_t x_t k_t^T`: a small product. All that came before it obeys
+A token reads of itself what it enters with, `w_t dt_t x_t k_t^T`: a small product. All that came before obeys
 
     past_t = a_t past_{t-1} + a_t (w_{t-1} dt_{t-1} + (1 - w_t) dt_t) x_{t-1} k_{t-1}^T
 
-since the trapezoid only lets a token count more from the next one on. That is `ssd` with the decays given, and
-with inputs and keys one token late. Nothing is subtracted, so no digits are lost. A rank is a token of `ssd` that
-decays nothing; of the keys that enter with it, it sees its own rank's and those before, the others are added.
-Keys and queries were rotated by angles accumulated beforehand, in PyTorch, which knows the derivatives of that.
+since the trapezoid only lets a token count more from the next one on. That is `ssd` with the decays given,
+and with inputs and keys one token late. Nothing is subtracted, so no digits are lost. A rank is a token of
+`ssd` that decays nothing; of the keys that enter with it, it sees its own rank's and those before, and the
+others are added. Keys and queries were rotated by angles accumulated beforehand, in PyTorch, which knows the
+derivatives. They go to the kernel in float32, whatever the activations' type: an angle's gradient is a
+difference of large sums, which keys rounded to bfloat16 leave with an error of some percent.
 """
 
 from __future__ import annotations
@@ -67,11 +69,13 @@ def trapezoidal(
     q = rotate(per_head(C, heads // groups, C_bias), *turn)
     v = per_rank(x, r, mimo_x)  # (b, l, r, h, p)
 
-    now, before = share * dt, (1 - share) * dt  # weights of this token's input and of the last one's, (b, l, h)
+    now, before = share * dt, (1 - share) * dt  # weights of its own input and of the last one's, (b, l, h)
     steps, follows = dt * A, None if seq_idx is None else same_document(seq_idx)
     late = torch.exp(steps[:, 1:]) * (now[:, :-1] + before[:, 1:])  # of a token, read by the next one
-    if follows is not None:
-        late = torch.where(follows[:, 1:, None], late, 0.0)
+    u, keys = v[:, :-1] * late[:, :, None, :, None], k[:, :-1]
+    if follows is not None:  # nothing crosses a border, whatever it is
+        kept = follows[:, 1:, None, None, None]
+        u, keys = torch.where(kept, u, 0.0), torch.where(kept, keys, 0.0)
 
     # The first token's past is the state before it; the last token enters the state that is left.
     past = x.new_zeros(batch, heads, p, n) if initial_ssm is None else initial_ssm.to(work)
@@ -81,7 +85,7 @@ def trapezoidal(
     first = torch.einsum("bhpn,brhn->brhp", past, q[:, 0]).unsqueeze(1)
     if follows is not None:
         past = torch.where(follows[:, 1, None, None, None], past, 0.0)
-    others, past = _past(v[:, :-1], late, steps[:, 1:], k[:, :-1], q[:, 1:], past, seq_idx)
+    others, past = _past(u, steps[:, 1:], keys, q[:, 1:], past, seq_idx)
     y = torch.cat([first, others], dim=1) + _itself(v, now, k, q)
     ssm = past + now[:, -1, :, None, None] * outer(x[:, -1], k[:, -1], mimo_x)
     if D is not None:
@@ -90,13 +94,12 @@ def trapezoidal(
 
 
 def _past(
-    v: Tensor, weight: Tensor, steps: Tensor, k: Tensor, q: Tensor, state: Tensor, seq_idx: Tensor | None
+    u: Tensor, steps: Tensor, k: Tensor, q: Tensor, state: Tensor, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What tokens read of those before them, by `ssd` with a token for each rank.
 
     Args:
-        v: Inputs of the token before each `(b, l, r, h, p)`.
-        weight: Weights with which they enter `(b, l, h)`, 0 across a border.
+        u: What the token before each enters with `(b, l, r, h, p)`, nothing across a border.
         steps: Logarithms of the tokens' decays `(b, l, h)`.
         k: Input vectors of the token before each `(b, l, r, h, n)`.
         q: Output vectors of the tokens, likewise.
@@ -106,8 +109,7 @@ def _past(
     Returns:
         Outputs `(b, l, r, h, p)` and the final state `(b, h, p, n)`.
     """
-    r = v.shape[2]
-    u = v * weight[:, :, None, :, None]
+    r = u.shape[2]
     seq_idx = None if seq_idx is None else seq_idx[:, 1:]
     if r == 1:
         y, final = ssd(u[:, :, 0], steps, None, k[:, :, 0], q[:, :, 0], initial_state=state, seq_idx=seq_idx)
