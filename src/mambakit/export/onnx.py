@@ -175,7 +175,7 @@ def _trace(model: LanguageModel, writes: bool) -> Any:
     axes = {0: row} if writes else {0: row, 1: torch.export.Dim("length")}
     graph = _Graph(model, list(state), writes).eval()
     forms_of = dict.fromkeys(("selective_scan", "ssd", "causal_conv1d"), forms)
-    with torch.no_grad(), extended("onnx", **forms_of), ops.backend(norm="reference"), _quiet():
+    with torch.no_grad(), ops.backend("reference"), extended("onnx", **forms_of), _quiet():
         program = torch.export.export(
             graph,
             (tokens[:, 0] if writes else tokens, list(state.values())),
