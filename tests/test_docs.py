@@ -52,6 +52,7 @@ SHORTENED = {"train": SHORT, "finetune": ["train.steps=2", "train.batch_size=2",
         "docs/conversations.md",
         "docs/finetuning.md",
         "docs/evaluation.md",
+        "docs/export.md",
     ],
 )
 def test_what_a_page_shows_runs_in_its_order(page, tmp_path, monkeypatch, capsys):

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "families": {"checkpoints", *_MODELS},
     "load": {"checkpoints", "families", *_MODELS},
     "generation": {"ops", *_MODELS},  # its decode engine calls a native kernel of its own
+    "export": {"config", "files", "ops", *_MODELS},
     "training": {"checkpoints", "data", "files", "generation", "load", *_MODELS},
     "evaluation": {"data", "files", "generation", "ops", "training", *_MODELS},
     "recipes": {"config", "data", "training"},
@@ -37,6 +38,7 @@ MAY_IMPORT = {
         "checkpoints",
         "data",
         "evaluation",
+        "export",
         "files",
         "generation",
         "load",

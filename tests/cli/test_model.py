@@ -140,3 +140,21 @@ def test_a_draft_changes_no_greedy_text(cli, text_run, checkpoint, tmp_path):
     assert code == 2 and "its tokeniser is another one" in " ".join(error.split())
     code, _, error = cli(*base, "--draft", text_run, "--save-state", tmp_path / "x")
     assert code == 2 and "cannot be combined" in error
+
+
+def test_a_checkpoint_is_exported(cli, checkpoint, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    (checkpoint / "tokenizer.json").unlink()  # words are none of llama.cpp's
+    target = tmp_path / "tiny.gguf"
+    code, shown, said = cli("export", str(checkpoint), str(target), "--to", "gguf", "--dtype", "f16")
+    assert code == 0 and shown.startswith(str(target)) and "token numbers only" in said
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
+    weight = mambakit.load(checkpoint).embedding.weight.detach()
+    assert torch.equal(torch.tensor(tensors["token_embd.weight"].data), weight.half())
+    for words, reason in (
+        (("--to", "gguf"), "exists, expected a new file"),
+        (("--to", "onnx", "--dtype", "f16"), "ONNX graphs are written in float32"),
+        (("--to", "onxx"), "onnx"),
+    ):
+        code, _, said = cli("export", str(checkpoint), str(target), *words)
+        assert code == 2 and reason in said

@@ -26,6 +26,7 @@ from mambakit.cli.doctor import doctor
 from mambakit.cli.eval import evaluate
 from mambakit.cli.evaluate import evaluate_model
 from mambakit.cli.finetune import finetune
+from mambakit.cli.export import export
 from mambakit.cli.generate import generate
 from mambakit.cli.recipes import recipes
 from mambakit.cli.train import train
@@ -44,6 +45,7 @@ app.command()(finetune)
 app.command()(generate)
 app.command(name="eval")(evaluate)
 app.command(name="evaluate")(evaluate_model)
+app.command()(export)
 app.command()(recipes)
 app.command()(doctor)
 app.command()(bench)

@@ -29,22 +29,25 @@ class Writer:
 
     Attributes:
         model: The model, on the CPU.
-        tokenizer: Its tokeniser.
+        tokenizer: Its tokeniser; `None` only where it was not needed.
         stop_tokens: Tokens that end a text.
     """
 
     model: LanguageModel
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     stop_tokens: Sequence[int] = ()
 
 
-def writer(word: str, dtype: str | None = None, quantize: str | None = None) -> Writer:
+def writer(
+    word: str, dtype: str | None = None, quantize: str | None = None, *, needs_tokenizer: bool = True
+) -> Writer:
     """Load the model that a word names.
 
     Args:
         word: A run folder, a checkpoint folder, or a repository such as `state-spaces/mamba-130m-hf`.
         dtype: Type of a checkpoint's weights; as stored by default.
         quantize: Form in which the linear layers' weights are kept, `int8` or `int4`.
+        needs_tokenizer: Whether to refuse a checkpoint without a tokeniser.
 
     Returns:
         The model and its tokeniser.
@@ -60,9 +63,11 @@ def writer(word: str, dtype: str | None = None, quantize: str | None = None) -> 
         return _of_run(word, quantize)
     folder = locate(word)
     published = read_config(folder)
-    if not (folder / _TOKENIZER).is_file():
+    tokenizer = None
+    if (folder / _TOKENIZER).is_file():
+        tokenizer = Subwords.from_file(folder / _TOKENIZER)
+    elif needs_tokenizer:
         raise CheckpointError(f"{folder} has no {_TOKENIZER}, which turns text into tokens")
-    tokenizer = Subwords.from_file(folder / _TOKENIZER)
     model = load(folder, dtype=None if dtype is None else DTYPES[dtype], quantize=quantize)
     return Writer(model, tokenizer, _ends(folder, published))
 

@@ -201,6 +201,29 @@ def backend(name: str | None = None, **per_op: str) -> Iterator[None]:
         _forced.update(before)
 
 
+@contextlib.contextmanager
+def extended(name: str, **per_op: types.ModuleType) -> Iterator[None]:
+    """Lend operators one more plain backend inside a `with` block, where it is used for all of them.
+
+    An exporter needs forms of its own, such as ones that hold for every length when they are traced for one.
+
+    Args:
+        name: Name of the backend.
+        **per_op: Operator -> module with a function of the operator's name.
+
+    Yields:
+        Nothing.
+    """
+    for op, module in per_op.items():
+        registry[op].backends[name] = module
+    try:
+        with backend(**dict.fromkeys(per_op, name)):
+            yield
+    finally:
+        for op in per_op:
+            del registry[op].backends[name]
+
+
 def is_forced() -> bool:
     """Whether a `with backend(...)` around here names backends."""
     return bool(_forced)

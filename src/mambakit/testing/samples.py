@@ -134,6 +134,7 @@ def _ssd(
     packed: bool = False,
     bare: bool = False,
     matrix_D: bool = False,
+    decays: bool = False,
     dt_scale: float = 1.0,
     dt_limit: tuple[float, float] = (0.0, torch.inf),
 ) -> Build:
@@ -152,7 +153,11 @@ def _ssd(
             "seq_idx": draw.documents(b, l) if packed else None,
         }
 
-    return build
+    def build_decays(draw: Draw) -> dict[str, Any]:
+        steps = draw.wide(draw.uniform(b, l, h, low=-0.7 * dt_scale, high=0.0))
+        return {**build(draw), "A": None, "dt": steps, "dt_bias": None, "dt_softplus": False}
+
+    return build_decays if decays else build
 
 
 def _trapezoidal(
@@ -341,6 +346,9 @@ CASES: tuple[Case, ...] = (
     Case("ssd", "long-steps", _ssd(dt_scale=30.0), _SCAN),
     Case("ssd", "dt-limit", _ssd(dt_limit=(0.05, 0.8)), _SCAN),
     Case("ssd", "odd-sizes", _ssd(l=37, h=3, p=17, g=1, n=33), _SCAN),
+    Case("ssd", "decays", _ssd(decays=True), _SCAN),
+    Case("ssd", "decays-one-token", _ssd(l=1, decays=True), _SCAN),
+    Case("ssd", "decays-long-packed", _ssd(b=1, l=300, h=2, packed=True, decays=True, dt_scale=9.0), _SCAN),
     Case("ssd", "one-column", _ssd(l=37, h=3, p=1, g=3, n=1), _SCAN),
     Case("ssd", "wide", _ssd(b=1, l=21, h=2, p=70, g=1, n=130), _SCAN),
     Case("ssd", "long", _ssd(b=1, l=300, h=2, g=1), _SCAN),
