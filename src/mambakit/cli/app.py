@@ -25,8 +25,8 @@ from mambakit.cli.console import complain, out
 from mambakit.cli.doctor import doctor
 from mambakit.cli.eval import evaluate
 from mambakit.cli.evaluate import evaluate_model
-from mambakit.cli.finetune import finetune
 from mambakit.cli.export import export
+from mambakit.cli.finetune import finetune
 from mambakit.cli.generate import generate
 from mambakit.cli.recipes import recipes
 from mambakit.cli.train import train

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from mambakit.checkpoints import CheckpointError, locate
-from mambakit.checkpoints.files import CONFIG, read_config
+from mambakit.checkpoints.files import read_config
 from mambakit.config import ConfigError, unknown
 from mambakit.data.tokenizers import Subwords, Tokenizer
 from mambakit.layers.quantised import ROUNDED_FORMS, quantise
 from mambakit.load import load
 from mambakit.models.language import LanguageModel
 from mambakit.training import load_run, load_tokenizer
+from mambakit.training.finetuning import is_run
 
 _TOKENIZER, _GENERATION = "tokenizer.json", "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,7 +60,7 @@ def writer(
         raise ConfigError(unknown("dtype", dtype, DTYPES))
     if quantize not in (None, *ROUNDED_FORMS):
         raise ConfigError(unknown("form", quantize, ROUNDED_FORMS))
-    if _is_run(word):
+    if is_run(word):
         return _of_run(word, quantize)
     folder = locate(word)
     published = read_config(folder)
@@ -70,14 +71,6 @@ def writer(
         raise CheckpointError(f"{folder} has no {_TOKENIZER}, which turns text into tokens")
     model = load(folder, dtype=None if dtype is None else DTYPES[dtype], quantize=quantize)
     return Writer(model, tokenizer, _ends(folder, published))
-
-
-def _is_run(word: str) -> bool:
-    """Whether a word is to be understood as a run: one that is there, or the mistyped name of one."""
-    folder = Path(word)
-    if (folder / CONFIG).is_file():
-        return "task" in read_config(folder)
-    return folder.exists() or word.count("/") != 1 or folder.parent.is_dir()
 
 
 def _of_run(word: str, quantize: str | None) -> Writer:
