@@ -31,17 +31,13 @@ DEVICE unsigned short float_to_half(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
     return h;
 }
-DEVICE unsigned short float_to_bf16(float x) {
-    unsigned short h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
-    return h;
-}
 // Two numbers in a word, the first in its lower half.
 DEVICE unsigned pack_bf16(float first, float second) {
     unsigned word;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
     return word;
 }
+DEVICE unsigned short float_to_bf16(float x) { return (unsigned short)pack_bf16(x, 0.0f); }  // faster than alone
 // 16 bytes from global to shared memory without passing through registers; both addresses 16-byte aligned.
 DEVICE void copy16_async(void* shared, const void* global) {
     unsigned to = (unsigned)__cvta_generic_to_shared(shared);

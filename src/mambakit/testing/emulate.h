@@ -27,15 +27,16 @@ constexpr size_t STACK = 256 * 1024;
 struct Fibre { ucontext_t context; bool done; };
 struct Meeting { int arrived = 0; long round = 0; bool all = true, result = true; };
 static std::vector<Fibre> fibres;
-static std::vector<unsigned char> stacks;
+static std::unique_ptr<unsigned char[]> stacks;  // not filled: only what is used takes memory
 static ucontext_t scheduler;
-static int current, count;
+static int current, count, stacked;
 static bool progress;
 static Meeting block;
 static std::vector<Meeting> warps;
 static std::vector<float> exchanged;
 struct Operands { unsigned a[4], b[2]; };
-static std::vector<Operands> operands;
+static std::vector<Operands> operands;  // of two turns: nobody begins the next but one before all have read
+static std::vector<int> turns;
 
 inline void yield() { swapcontext(&fibres[current].context, &scheduler); threadIdx.x = (unsigned)current; }
 
@@ -58,14 +59,15 @@ void run_block(Body body, int threads) {
     entry = &body;
     count = threads;
     fibres.assign(threads, Fibre{});
-    stacks.resize(threads * STACK);
+    if (threads > stacked) stacks.reset(new unsigned char[threads * STACK]), stacked = threads;
     warps.assign((threads + 31) / 32, Meeting{});
     exchanged.assign(threads, 0.0f);
-    operands.resize(threads);
+    operands.resize(2 * threads);
+    turns.assign(threads, 0);
     block = Meeting{};
     for (int i = 0; i < threads; i++) {
         getcontext(&fibres[i].context);
-        fibres[i].context.uc_stack.ss_sp = stacks.data() + i * STACK;
+        fibres[i].context.uc_stack.ss_sp = stacks.get() + i * STACK;
         fibres[i].context.uc_stack.ss_size = STACK;
         fibres[i].context.uc_link = &scheduler;
         makecontext(&fibres[i].context, (void (*)()) + [] { (*entry)(); fibres[current].done = true; progress = true; }, 0);
@@ -141,9 +143,9 @@ inline float bf16_to_float(unsigned short h) { return bits_float((unsigned)h << 
 template <float (*NUMBER)(unsigned short)>
 void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     using namespace emulation;
-    const int warp = current / 32, lane = current % 32;
-    const Operands* all = operands.data() + warp * 32;
-    operands[current] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    const int warp = current / 32, lane = current % 32, turn = (turns[current] ^= 1) * count;
+    const Operands* all = operands.data() + turn + warp * 32;
+    operands[turn + current] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
     meet(warps[warp], 32);
     for (int i = 0; i < 4; i++) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -153,7 +155,6 @@ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
             c[i] += NUMBER((unsigned short)(x >> 16 * (k % 2))) * NUMBER((unsigned short)(y >> 16 * (k % 2)));
         }
     }
-    meet(warps[warp], 32);
 }
 inline void multiply_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { multiply<bf16_to_float>(c, a, b0, b1); }
 inline void multiply_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { multiply<half_to_float>(c, a, b0, b1); }

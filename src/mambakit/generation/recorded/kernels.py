@@ -29,9 +29,9 @@ SCAN_THREADS = 128
 SCAN_CHANNELS = 16
 SCAN_ROWS = 8
 """Rows of the batch of one block of `scan`."""
-WIDE = 1 << 20
-"""Columns from which on a block of `linear` has twice as many threads."""
-RING = 64 << 10
+BLOCKS_PER_PROCESSOR = 2
+"""Of `linear`, at least: where a multiprocessor gets one block more than others, that should not be much."""
+RING = 32 << 10
 """Bytes of weights that are on their way to a block of `linear`."""
 MOST_SUMS = 16 << 10
 """Bytes of sums that a block of `linear` keeps."""
@@ -49,8 +49,8 @@ CONV_ROWS = 2
 """Rows of the batch of one thread of `conv`."""
 SCAN_BLOCKS = 7
 """Blocks of `scan` that a multiprocessor must hold: so many registers may a thread have."""
-HEAD_BLOCKS = 4
-"""The same of `heads`."""
+HEAD_BLOCKS = {2: 4, 4: 3}
+"""Bytes of a state -> the same of `heads`, whose threads hold twice as many registers of wide states."""
 
 
 def _struct(pointers: str, numbers: str, floats: str = "") -> type[ctypes.Structure]:
@@ -85,7 +85,7 @@ _HEADS = _source(
 )
 _ROWS = _source(
     "input add gate weight parts bias out",
-    "input_stride add_stride gate_stride batch groups size count",
+    "input_stride add_stride gate_stride batch groups size",
     "eps",
 )
 _CONV = _source("x taps taps_bias conv", "stride batch channels channel_blocks")
@@ -199,11 +199,10 @@ class Launcher:
         gate = None if norm is None else norm.gate
         groups = 1 if norm is None else norm.groups
         vectors, processors = padded(batch), cuda.processors(self.device)
-        threads = 2 * THREADS if k >= WIDE else THREADS
         tile = 16 if rows >= 16 * processors else 8
         all_tiles = -(-rows // tile)
-        most = max(1, MOST_SUMS // (threads // 8 * vectors * tile))
-        tiles = min(most, max(1, round(all_tiles / processors)))
+        most = max(1, MOST_SUMS // (4 * WARPS * vectors * tile))
+        tiles = min(most, max(1, round(all_tiles / (BLOCKS_PER_PROCESSOR * processors))))
         params = _fill(
             _LINEAR, weight=weight, bias=bias, input=x, out=out, gate=gate,
             input_stride=x.stride(0), gate_stride=0 if gate is None else gate.stride(0),
@@ -211,11 +210,11 @@ class Launcher:
         )  # fmt: skip
         if norm is not None:
             params.norm, params.eps = norm.weight.data_ptr(), norm.eps
-        held = 0 if norm is None else _held(batch, k // groups, threads)
-        ahead, shared = self._ahead(batch, k, threads, tiles * tile, norm is not None)
-        columns = threads // 8 * 16 // self.dtype.itemsize * (1 if tile == 16 else 2)
+        held = 0 if norm is None else _held(batch, k // groups, THREADS)
+        ahead, shared = self._ahead(batch, k, tiles * tile, norm is not None)
+        columns = 4 * WARPS * 16 // self.dtype.itemsize * (1 if tile == 16 else 2)
         settings = {
-            "THREADS": threads, "BLOCKS": (1024 if batch == 1 else 512) // threads,
+            "THREADS": THREADS, "BLOCKS": 4 if batch == 1 else 2,
             "VECTORS": vectors, "TILE": tile,
             "WHOLE": int(k % columns == 0 and rows % tile == 0 and tiles * tile <= rows),
             "AHEAD": ahead, "HELD": held,
@@ -226,21 +225,20 @@ class Launcher:
         if conv is not None:
             settings.update(_set_conv(params, conv))
             params.first_channel = conv.first
-        self._start(_LINEAR, "linear", settings, params, -(-all_tiles // tiles), shared, threads)
+        self._start(_LINEAR, "linear", settings, params, -(-all_tiles // tiles), shared)
         return out
 
-    def _ahead(self, batch: int, k: int, threads: int, rows: int, with_norm: bool) -> tuple[int, int]:
+    def _ahead(self, batch: int, k: int, rows: int, with_norm: bool) -> tuple[int, int]:
         """Rounds of copies of `linear` that shared memory holds, and all bytes of it."""
-        vectors, pitch, warps = padded(batch), -(-k // 64) * 64 + 32, threads // 32
-        held = (vectors + with_norm) * pitch * self.dtype.itemsize + 4 * warps * vectors * (1 + rows)
-        ahead = min(RING, cuda.block_memory(self.device) - held) // (32 * threads)
-        return ahead, ahead * 32 * threads + held
+        vectors, pitch = padded(batch), -(-k // 64) * 64 + 32
+        held = (vectors + with_norm) * pitch * self.dtype.itemsize + 4 * WARPS * vectors * (1 + rows)
+        ahead = min(RING, cuda.block_memory(self.device) - held) // (32 * THREADS)
+        return ahead, ahead * 32 * THREADS + held
 
     def takes_vectors(self, batch: int, k: int) -> bool:
         """Whether `linear` has the memory for so many vectors of this size."""
-        threads = 2 * THREADS if k >= WIDE else THREADS
-        rows = MOST_SUMS // (threads // 8 * padded(batch))
-        return batch <= MOST_VECTORS and self._ahead(batch, k, threads, max(16, rows), True)[0] >= 1
+        rows = max(16, MOST_SUMS // (4 * WARPS * padded(batch)))
+        return batch <= MOST_VECTORS and self._ahead(batch, k, rows, True)[0] >= 1
 
     def takes_product(self, x: Tensor, weight: Tensor) -> bool:
         """Whether `product` takes these vectors and this weight, and is the better for it.
@@ -323,16 +321,18 @@ class Launcher:
             _ROWS, input=x, add=add, gate=norm.gate, weight=norm.weight, parts=parts, bias=bias, out=out,
             input_stride=x.stride(0), add_stride=0 if add is None else add.stride(0),
             gate_stride=0 if norm.gate is None else norm.gate.stride(0), batch=batch,
-            groups=norm.groups, size=k // norm.groups, count=0 if parts is None else len(parts), eps=norm.eps,
+            groups=norm.groups, size=k // norm.groups, eps=norm.eps,
         )  # fmt: skip
         staged = k * self.dtype.itemsize <= 32 << 10
+        threads = THREADS if k <= 8 * THREADS else 2 * THREADS
         settings = {
-            "THREADS": THREADS, "IN": cuda.TYPES[x.dtype],
+            "THREADS": threads, "IN": cuda.TYPES[x.dtype],
             "ALIGNED": _vectors(k // norm.groups, x, add, norm.gate, norm.weight, parts, bias),
-            "STAGED": int(staged), "HELD": _held(1, k // norm.groups, THREADS),
+            "STAGED": int(staged), "HELD": _held(1, k // norm.groups, threads),
+            "PARTS": 0 if parts is None else len(parts),
         }  # fmt: skip
-        shared = 4 * WARPS + staged * k * self.dtype.itemsize
-        self._start(_ROWS, "rows", settings, params, batch, shared)
+        shared = threads // 8 + staged * k * self.dtype.itemsize
+        self._start(_ROWS, "rows", settings, params, batch, shared, threads)
         return out
 
     def convolve(self, x: Tensor, conv: Conv) -> None:
@@ -446,7 +446,7 @@ class Launcher:
         settings = {
             "LANES": lanes, "LOADS": loads, "CPT": channels, "STATE": cuda.TYPES[state.dtype],
             "ALIGNED": _vectors(n, *(projected[:, columns[name] :] for name in "BC")),
-            "BLOCKS": HEAD_BLOCKS,
+            "BLOCKS": HEAD_BLOCKS[state.element_size()],
             "WHOLE_N": int(n % at_once == 0 and cuda.is_aligned(state.flatten())), "GATE": int(gate),
         }  # fmt: skip
         self._start(_HEADS, "heads", settings, params, batch * heads * parts)

@@ -188,7 +188,7 @@ DEVICE void prepare(const Params& p, IO* vectors, int pitch, const IO* norm, flo
     } else {
         bring<B>(vectors, pitch, (const IO*)p.input, p.input_stride, batch, k);
     }
-    clear<B>(vectors, pitch, batch, k);
+    if constexpr (!ALIGNED || !TENSOR) clear<B>(vectors, pitch, batch, k);  // otherwise nothing beyond them is read
     block_barrier();
 }
 

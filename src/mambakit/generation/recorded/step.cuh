@@ -85,38 +85,42 @@ struct Source {
     int64 stride, add_stride, gate_stride;
     int rows, groups, size;
     float eps;
-    const float* parts = nullptr;  // what is added is the sum of these, `part_stride` apart, and of a bias
+    const float* parts = nullptr;  // what is added is the sum of SUMMED of these, `part_stride` apart, and of a bias
     const IO* bias = nullptr;
     int64 part_stride = 0;
-    int count = 0;
 
-    // Eight numbers of a row with what is added to them, which is kept.
-    DEVICE void settle(float (&x)[8], int row, int at, int left) const {
-        In* const place = from + row * stride + at;
+    // Eight numbers of a row with what is added to them, rounded as they will be kept.
+    template <int SUMMED>
+    DEVICE void read(float (&x)[8], int row, int at, int left) const {
+        load_some(x, from + row * stride + at, left);
         float more[8];
-        load_some(x, place, left);
-        if (count) {
-            load_some(more, parts + at, left);
-#pragma unroll 4
-            for (int c = 1; c < count; c++) {
-                float part[8];
-                load_some(part, parts + c * part_stride + at, left);
+        if constexpr (SUMMED > 0) {
+            float part[SUMMED][8], constant[8] = {};
 #pragma unroll
-                for (int i = 0; i < 8; i++) more[i] += part[i];
-            }
-            float constant[8] = {};
+            for (int c = 0; c < SUMMED; c++) load_some(part[c], parts + c * part_stride + at, left);
             if (bias) load_some(constant, bias + at, left);
 #pragma unroll
-            for (int i = 0; i < 8; i++) more[i] = rounded(more[i] + constant[i]);
+            for (int i = 0; i < 8; i++) {
+                more[i] = 0.0f;
+#pragma unroll
+                for (int c = 0; c < SUMMED; c++) more[i] += part[c][i];
+                more[i] = rounded(more[i] + constant[i]);
+            }
         } else if (add) {
             load_some(more, add + row * add_stride + at, left);
         } else {
             return;
         }
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i] += more[i];
-        store_some(place, x, left);
-        if constexpr (sizeof(In) < 4) load_some(x, place, left);
+        for (int i = 0; i < 8; i++) {
+            In kept;
+            store(&kept, x[i] + more[i]);
+            x[i] = load(kept);
+        }
+    }
+    template <int SUMMED>
+    DEVICE void keep(const float (&x)[8], int row, int at, int left) const {
+        if (SUMMED > 0 || add) store_some(from + row * stride + at, x, left);
     }
     DEVICE void fetch_gate(float (&z)[8], int row, int at, int left) const {
         if (gate) load_some(z, gate + row * gate_stride + at, left);
@@ -156,7 +160,7 @@ DEVICE void root_of_mean(float (&root)[N], float (&squares)[N], float* scratch, 
 // thread keeps so many pieces of the one row, all of which it asks for at once; otherwise it reads them twice. PENDING
 // copies may be under way behind those of the weights. All threads of the block come here; the caller sets a barrier
 // behind.
-template <int N, int HELD_PIECES, int PENDING, typename In>
+template <int N, int HELD_PIECES, int PENDING, int SUMMED = 0, typename In>
 DEVICE void normalise(IO* to, int pitch, const Source<In>& s, float* scratch) {
     for (int g = 0; g < s.groups; g++) {
         const int first = g * s.size;
@@ -169,13 +173,19 @@ DEVICE void normalise(IO* to, int pitch, const Source<In>& s, float* scratch) {
 #pragma unroll
             for (int h = 0; h < HELD_PIECES; h++) {
                 const int c = (h * THREADS + (int)threadIdx.x) * 8;
-                if (c < s.size) s.settle(x[h], 0, first + c, s.size - c), s.fetch_gate(z[h], 0, first + c, s.size - c);
+                if (c >= s.size) continue;
+                s.template read<SUMMED>(x[h], 0, first + c, s.size - c);
+                s.fetch_gate(z[h], 0, first + c, s.size - c);
             }
+            keep_order();  // a store would have later reads wait
 #pragma unroll
-            for (int h = 0; h < HELD_PIECES; h++)
+            for (int h = 0; h < HELD_PIECES; h++) {
+                const int c = (h * THREADS + (int)threadIdx.x) * 8;
+                if (c >= s.size) continue;
+                s.template keep<SUMMED>(x[h], 0, first + c, s.size - c);
 #pragma unroll
-                for (int i = 0; i < 8; i++)
-                    if ((h * THREADS + (int)threadIdx.x) * 8 < s.size) squares[0] += x[h][i] * x[h][i];
+                for (int i = 0; i < 8; i++) squares[0] += x[h][i] * x[h][i];
+            }
             root_of_mean<N, PENDING>(root, squares, scratch, s.size, s.eps);
 #pragma unroll
             for (int h = 0; h < HELD_PIECES; h++) {
@@ -188,7 +198,8 @@ DEVICE void normalise(IO* to, int pitch, const Source<In>& s, float* scratch) {
                 for (int j = 0; j < N; j++) {
                     if (j >= s.rows) continue;
                     float x[8];
-                    s.settle(x, j, first + c, s.size - c);
+                    s.template read<SUMMED>(x, j, first + c, s.size - c);
+                    s.template keep<SUMMED>(x, j, first + c, s.size - c);
 #pragma unroll
                     for (int i = 0; i < 8; i++) squares[j] += x[i] * x[i];
                 }
@@ -210,14 +221,34 @@ DEVICE void normalise(IO* to, int pitch, const Source<In>& s, float* scratch) {
 // The same without a norm.
 template <int N>
 DEVICE void bring(IO* to, int pitch, const IO* from, int64 stride, int rows, int size) {
-    for (int c = threadIdx.x * 8; c < size; c += THREADS * 8)
+    if constexpr (ALIGNED) {
+        // Some pieces at once: a store would have later reads wait.
+        constexpr int ONCE = 4;
+        const int pieces = size / VEC, all = rows * pieces;
+        for (int base = threadIdx.x; base < all; base += ONCE * THREADS) {
+            Words4 x[ONCE];
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            if (j >= rows) continue;
-            float x[8];
-            load_some(x, from + j * stride + c, size - c);
-            store_some(to + j * pitch + c, x, size - c);
+            for (int i = 0; i < ONCE; i++) {
+                const int number = base + i * THREADS, row = N == 1 ? 0 : number / pieces;
+                if (number < all) x[i] = *(const Words4*)(from + row * stride + (number - row * pieces) * VEC);
+            }
+            keep_order();
+#pragma unroll
+            for (int i = 0; i < ONCE; i++) {
+                const int number = base + i * THREADS, row = N == 1 ? 0 : number / pieces;
+                if (number < all) store16(to + row * pitch + (number - row * pieces) * VEC, x[i]);
+            }
         }
+    } else {
+        for (int c = threadIdx.x * 8; c < size; c += THREADS * 8)
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+                if (j >= rows) continue;
+                float x[8];
+                load_some(x, from + j * stride + c, size - c);
+                store_some(to + j * pitch + c, x, size - c);
+            }
+    }
 }
 
 // Zero what the products read beyond the vectors: padding columns, and rows that do not exist.
