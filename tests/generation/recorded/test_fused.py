@@ -170,6 +170,31 @@ def test_product_at_every_division_of_its_work(rows, k, batch, dtype, tiles, par
     assert not counters.any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("batch", [1, 2, 5, 8, 9, 16, 33, 64])
+@pytest.mark.parametrize(
+    ("rows", "k"), [(10240, 2560), (10576, 2560), (2560, 5120), (192, 5120), (768, 1536)]
+)
+def test_products_of_published_sizes_on_a_gpu(rows, k, batch, dtype):
+    """Many times in a row, so that a step that overtakes another would be seen."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.manual_seed(0)
+    weight, x = torch.randn(rows, k, device=device).to(dtype), torch.randn(batch, k, device=device).to(dtype)
+    counters = torch.zeros(kernels.COUNTERS, dtype=torch.int32, device=device)
+    launcher = Launcher(device, dtype, F32, True, counters)
+    for _ in range(20):
+        if batch <= kernels.MOST_VECTORS:
+            found = launcher.linear(x, weight)
+        else:
+            found = launcher.product(x, weight)
+            parts = launcher.product_in_parts(x, weight)
+            added = parts.sums.sum(0) if isinstance(parts, kernels.Parts) else parts
+            assert product_error(added, x, weight, None) <= 2
+        assert product_error(found, x, weight, None) <= 2
+    assert not counters.any()
+
+
 def test_parts_are_added_by_the_norm_behind_them():
     torch.manual_seed(0)
     x, sums, bias = torch.randn(3, 40), torch.randn(4, 3, 40), torch.randn(40).bfloat16()

@@ -3,9 +3,9 @@
 A block is a chain of products with vectors, each of which needs all of the one before it: Mamba-1 takes four
 kernels (`in_proj` with the norm before it and the convolution after it; `x_proj`; `dt_proj` with the
 recurrence and the gate; `out_proj`, which adds to the residual stream), Mamba-2 three; a gated MLP leaves its
-activation to PyTorch. With more than eight sequences the products are PyTorch's and everything between them
-is one kernel each. Blocks of another kind run by their own forward in between. The numbers are those of the
-model's forward up to the order of sums: all roundings are the same.
+activation to PyTorch. With more than eight sequences products are kernels by themselves, ours or PyTorch's,
+and everything between them is one kernel each. Blocks of another kind run by their own forward in between.
+The numbers are those of the model's forward up to the order of sums: all roundings are the same.
 """
 
 from __future__ import annotations
