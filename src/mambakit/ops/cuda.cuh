@@ -189,7 +189,7 @@ DEVICE void store8(T* to, const float (&from)[8]) {
     pack<T, 8>(words, from);
 #pragma unroll
     for (int q = 0; q < QUADS; q++)
-        store16((Words4*)to + q, Words4{words[4 * q], words[4 * q + 1], words[4 * q + 2], words[4 * q + 3]});
+        *((Words4*)to + q) = Words4{words[4 * q], words[4 * q + 1], words[4 * q + 2], words[4 * q + 3]};
 }
 
 // ---------------------------------------------------------------------------------------------------------

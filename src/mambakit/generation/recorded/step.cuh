@@ -36,7 +36,11 @@ DEVICE void load_some(float (&to)[8], const T* from, int left) {
 template <typename T>
 DEVICE void store_some(T* to, const float (&from)[8], int left) {
     if constexpr (ALIGNED) {
-        store8(to, from);
+        unsigned words[2 * sizeof(T)];
+        pack<T, 8>(words, from);
+#pragma unroll
+        for (int q = 0; q < (int)sizeof(T) / 2; q++)
+            store16((Words4*)to + q, Words4{words[4 * q], words[4 * q + 1], words[4 * q + 2], words[4 * q + 3]});
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++)
