@@ -21,6 +21,7 @@ from benchmarks.suites import OURS, ours
 from benchmarks.work import block_flops, head_flops, weight_bytes
 from mambakit import LanguageModel, LanguageModelConfig, Mamba1Config, Mamba2Config
 from mambakit.generation import DecodeEngine, RecordedDecoder
+from mambakit.layers.mixer import State
 from mambakit.testing import speakers, timing
 from mambakit.testing.speakers import Ours, Speaker, Step
 
@@ -138,7 +139,7 @@ def random_model(kind: str, size: str, dtype: torch.dtype, device: torch.device)
 def _open(bench: Bench, work: Work, kind: str) -> Opened:
     model = random_model(kind, work.size, work.dtype, bench.device)
     tokens = torch.randint(model.config.vocab_size, (work.batch, work.length + 1), device=bench.device)
-    decoders = _decoders(model) if work.verb == "write" else {}
+    decoders = _decoders(model, work) if work.verb == "write" else {}
     variants: dict[str, Callable[[], Ready]] = {
         name: lambda name=name, make=make: _ready(bench, work, f"{kind}, {name}", make(), model, tokens)
         for name, make in decoders.items()
@@ -161,34 +162,52 @@ class _Generating(Ours):
         model: The model.
         decoder: What has `step`.
         bound: Largest relative difference of logits, where not that of the model's type.
+        states: Type of the recurrent states, where not that of `init_state`.
     """
 
     def __init__(
-        self, model: LanguageModel, decoder: DecodeEngine | RecordedDecoder, bound: float | None
+        self,
+        model: LanguageModel,
+        decoder: DecodeEngine | RecordedDecoder,
+        bound: float | None,
+        states: torch.dtype | None = None,
     ) -> None:
         super().__init__(model)
-        self._decoder, self.bound = decoder, bound
+        self._decoder, self.bound, self._states = decoder, bound, states
         self.weight_bytes = getattr(decoder, "weight_bytes", weight_bytes(model))
+
+    def state(self, batch: int) -> State:
+        """The states of so many sequences."""
+        state = self.module.init_state(batch)
+        return state if self._states is None else state.to(self._states)
 
     def decoder(self, batch: int, prompt: Tensor | None = None) -> Step:
         """See `Speaker.decoder`; without a prompt."""
-        state = self.module.init_state(batch)
+        state = self.state(batch)
         return lambda token: self._decoder.step(token, state)
 
 
-def _decoders(model: LanguageModel) -> dict[str, Callable[[], _Generating]]:
+def _decoders(model: LanguageModel, work: Work) -> dict[str, Callable[[], _Generating]]:
     """Name -> makes a model with one of the decoders that its device has."""
     weight = model.embedding.weight
 
     def make(
-        kind: type[DecodeEngine | RecordedDecoder], *form: str, bound: float | None = None
+        kind: type[DecodeEngine | RecordedDecoder],
+        *form: str,
+        bound: float | None = None,
+        states: torch.dtype | None = None,
     ) -> _Generating:
         if (reason := kind.supports(model)) is not None:
             raise DeclinedError(reason)
-        return _Generating(model, kind(model, *form), bound)
+        return _Generating(model, kind(model, *form), bound, states)
 
     if weight.is_cuda:
-        return {f"{OURS} recorded": functools.partial(make, RecordedDecoder)}
+        found = {f"{OURS} recorded": functools.partial(make, RecordedDecoder)}
+        if work.batch > 1 and weight.dtype == BF16:  # where states are much of what is moved
+            found[f"{OURS} recorded, bfloat16 states"] = functools.partial(
+                make, RecordedDecoder, bound=ENGINE[BF16]["bfloat16"], states=BF16
+            )
+        return found
     return {
         f"{OURS} engine {form}": functools.partial(make, DecodeEngine, form, bound=bound)
         for form, bound in ENGINE[weight.dtype].items()
@@ -237,7 +256,8 @@ def _ready(
         if isinstance(speaker, _Generating):
             run = timing.Recorded(run)
         weights = getattr(speaker, "weight_bytes", weight_bytes(model))  # some keep them smaller
-        return Ready(run, error, moved=weights + _states(model, work))
+        states = 2 * speaker.state(work.batch).nbytes if isinstance(speaker, _Generating) else None
+        return Ready(run, error, moved=weights + (_states(model, work) if states is None else states))
     error = speakers.check_learning(name, speaker, model)
     if isinstance(speaker, Ours):  # a training step changes the weights, which others are to be given
         speaker = Ours(_copy(model), speaker.backend)

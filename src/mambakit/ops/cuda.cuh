@@ -31,16 +31,62 @@ DEVICE unsigned short float_to_half(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
     return h;
 }
-DEVICE unsigned short float_to_bf16(float x) {
-    unsigned short h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
-    return h;
+// Two numbers in a word, the first in its lower half.
+DEVICE unsigned pack_bf16(float first, float second) {
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
 }
+DEVICE unsigned short float_to_bf16(float x) { return (unsigned short)pack_bf16(x, 0.0f); }  // faster than alone
 // 16 bytes from global to shared memory without passing through registers; both addresses 16-byte aligned.
 DEVICE void copy16_async(void* shared, const void* global) {
     unsigned to = (unsigned)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global));
 }
+// The same where `exists`, otherwise 16 zeros.
+DEVICE void copy16_async_or_zero(void* shared, const void* global, bool exists) {
+    unsigned to = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(exists ? 16 : 0));
+}
+// 16 bytes of shared memory, read where this stands: not before copies that stand above have been waited for, and
+// before copies below.
+DEVICE Words4 load16_shared(const void* shared) {
+    unsigned from = (unsigned)__cvta_generic_to_shared(shared);
+    Words4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
+    return x;
+}
+// 16 bytes at once: a compiler may store a struct word by word.
+DEVICE void store16(void* to, const Words4& x) {
+    asm volatile("st.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+// What is read above is asked for before anything below.
+DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+// 16 bytes that another block of this kernel may have written: not from the nearest cache.
+DEVICE Words4 load16_fresh(const void* from) {
+    Words4 x;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from) : "memory");
+    return x;
+}
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+// What this thread has written is seen by whoever sees what it writes next.
+DEVICE void publish() { __threadfence(); }
+DEVICE unsigned add_to_counter(unsigned* to, unsigned x) { return atomicAdd(to, x); }
+// c (16 x 8) += a (16 x 16) b (16 x 8) by the lanes of a warp, two numbers of 16 bits to a word. Lane 4 g + t holds rows
+// g and g + 8 of a: words {(g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)} and the columns after; column g of b:
+// rows {2t, 2t + 8} and the ones after; of c {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}.
+#define MULTIPLY(name, type)                                                                                  \
+    DEVICE void name(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {                       \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                                    \
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                 \
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                  \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                  \
+    }
+MULTIPLY(multiply_bf16, "bf16")
+MULTIPLY(multiply_f16, "f16")
+#undef MULTIPLY
 // 16 bytes that are read once: asked for where this stands, and not kept in the nearest cache.
 DEVICE Words4 load16_once(const void* from) {
     Words4 x;
@@ -77,6 +123,8 @@ struct No { static constexpr bool value = false; };
 
 struct bf16 { unsigned short bits; };
 struct half { unsigned short bits; };
+template <typename T> constexpr bool IS_BF16 = false;
+template <> constexpr bool IS_BF16<bf16> = true;
 
 DEVICE float load(float x) { return x; }
 DEVICE float load(bf16 x) { return bits_float((unsigned)x.bits << 16); }
@@ -106,6 +154,8 @@ DEVICE void pack(unsigned (&words)[N * sizeof(T) / 4], const float (&from)[N]) {
     for (int i = 0; i < N * (int)sizeof(T) / 4; i++) {
         if constexpr (sizeof(T) == 4) {
             words[i] = float_bits(from[i]);
+        } else if constexpr (IS_BF16<T>) {
+            words[i] = pack_bf16(from[2 * i], from[2 * i + 1]);
         } else {
             T low, high;
             store(&low, from[2 * i]);
@@ -114,6 +164,10 @@ DEVICE void pack(unsigned (&words)[N * sizeof(T) / 4], const float (&from)[N]) {
         }
     }
 }
+
+// c += a b for tiles of either 16-bit type.
+DEVICE void multiply_tile(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bf16) { multiply_bf16(c, a, b0, b1); }
+DEVICE void multiply_tile(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, half) { multiply_f16(c, a, b0, b1); }
 
 // Eight consecutive elements at a 16-byte aligned address.
 template <typename T>

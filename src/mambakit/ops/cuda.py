@@ -218,6 +218,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def block_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def address(tensor: Tensor | None) -> int | None:
     """A tensor's address for a field of `Params`; null for an absent one."""
     return None if tensor is None else tensor.data_ptr()

@@ -26,6 +26,8 @@ from mambakit.ops import cuda, triton_utils
 _HEADER = Path(__file__).with_name("emulate.h")
 PROCESSORS = 3
 """Multiprocessors of the emulated GPU: few, so that small inputs fill it."""
+BLOCK_MEMORY = 99 << 10
+"""Bytes of shared memory that a block may have there: the least that a GPU with what the kernels use has."""
 NO_INTERPRETER = "" if importlib.util.find_spec(triton_utils.TRITON) else "Triton is not installed"
 """Why Triton's kernels cannot be interpreted on this machine, or nothing."""
 
@@ -39,19 +41,20 @@ def emulated_gpu() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    kept = cuda.make, cuda.processors, cuda.runs_on, triton_utils.runs_on
+    kept = cuda.make, cuda.processors, cuda.block_memory, cuda.runs_on, triton_utils.runs_on
 
     def choose(emulated: Callable, real: Callable) -> Callable:
         return lambda *args: (emulated if args[-1].type == "cpu" else real)(*args)
 
     cuda.make = choose(_make, cuda.make)
     cuda.processors = choose(lambda device: PROCESSORS, cuda.processors)
+    cuda.block_memory = choose(lambda device: BLOCK_MEMORY, cuda.block_memory)
     cuda.runs_on = choose(lambda device: None, cuda.runs_on)
     triton_utils.runs_on = choose(_interpreted, triton_utils.runs_on)
     try:
         yield
     finally:
-        cuda.make, cuda.processors, cuda.runs_on, triton_utils.runs_on = kept
+        cuda.make, cuda.processors, cuda.block_memory, cuda.runs_on, triton_utils.runs_on = kept
 
 
 def _interpreted(device: torch.device) -> str | None:

@@ -115,31 +115,118 @@ def test_the_tensors_of_a_state_stay_where_they_are(name):
         assert not torch.equal(now, value), f"{leaf} did not move on"
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+def product_error(found, x, weight, bias):
+    """The largest error of a product, in units of its type's last digit at the largest output."""
+    wanted = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    return ((found.double() - wanted).abs().max() / wanted.abs().max() / torch.finfo(x.dtype).eps).item()
+
+
 @pytest.mark.parametrize(
-    ("rows", "k", "batch"),
-    [(1, 8, 1), (3, 2056, 1), (1030, 8, 1), (130, 1544, 2), (257, 776, 3), (515, 264, 8), (70, 4104, 5)],
+    ("rows", "k", "batch", "dtype"),
+    [
+        (1, 8, 1, BF16),
+        (3, 2056, 1, F32),
+        (3, 2056, 1, BF16),
+        (1030, 8, 1, BF16),
+        (96, 512, 1, BF16),
+        (96, 512, 1, F32),
+        (130, 776, 2, BF16),
+        (97, 1000, 3, F16),
+        (97, 1000, 3, F32),
+        (71, 264, 8, BF16),
+        (50, 77, 5, BF16),
+    ],
 )
-def test_linear_at_every_division_of_its_work(dtype, rows, k, batch):
-    """Few rows and long ones (a team of several warps), many rows (several sets for a block), and between."""
+def test_linear_at_every_division_of_its_work(rows, k, batch, dtype):
+    """Few rows and many (tiles of 8 and of 16, several for a block), whole rounds and not, odd sizes."""
     torch.manual_seed(0)
     weight, bias = torch.randn(rows, k).to(dtype), torch.randn(rows).to(dtype)
     x = torch.randn(batch, k + 16).to(dtype)[:, :k]
     with emulated_gpu():
         found = Launcher(CPU, dtype, F32).linear(x, weight, bias)
-    wanted = nn.functional.linear(x.double(), weight.double(), bias.double())
-    assert (found.double() - wanted).abs().max() <= 4 * torch.finfo(dtype).eps * wanted.abs().max()
+    assert product_error(found, x, weight, bias) <= 4
 
 
-def test_the_work_of_linear_is_divided_in_every_way():
-    """What the sizes above are there for."""
+@pytest.mark.parametrize(
+    ("rows", "k", "batch", "dtype", "tiles", "parts", "last"),
+    [
+        (40, 80, 9, BF16, 1, 1, False),
+        (88, 264, 64, BF16, 5, 1, False),
+        (24, 520, 17, F16, 2, 1, False),
+        (56, 520, 33, BF16, 3, 2, False),
+        (16, 1032, 24, BF16, 1, 8, True),
+        (40, 1024, 12, F16, 2, 4, True),
+    ],
+)
+def test_product_at_every_division_of_its_work(rows, k, batch, dtype, tiles, parts, last):
+    """Blocks of rows and parts of columns that end within the matrix; parts added at once or later."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(rows, k).to(dtype), torch.randn(batch, k + 16).to(dtype)[:, :k]
+    bias = torch.randn(rows).to(dtype) if last or parts == 1 else None
+    counters = torch.zeros(kernels.COUNTERS, dtype=torch.int32)
+    out = torch.full((batch, rows), torch.nan, dtype=dtype) if last or parts == 1 else None
     with emulated_gpu():
-        launcher = Launcher(CPU, F32, F32)
-        found = {
-            launcher._division(*size) for size in ((3, 2056, 1), (1030, 8, 1), (130, 1544, 2), (515, 264, 8))
-        }
-    assert {each for each, _, _ in found} == {1, 2, 4}
-    assert {split for _, _, split in found} >= {1, 8}
+        launcher = Launcher(CPU, dtype, F32, counters=counters)
+        sums = launcher._multiply(x, weight, tiles, parts, bias=bias, out=out)
+    assert product_error(sums.sum(0) if out is None else out, x, weight, bias) <= 2
+    assert not counters.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("batch", [1, 2, 5, 8, 9, 16, 33, 64])
+@pytest.mark.parametrize(
+    ("rows", "k"), [(10240, 2560), (10576, 2560), (2560, 5120), (192, 5120), (768, 1536)]
+)
+def test_products_of_published_sizes_on_a_gpu(rows, k, batch, dtype):
+    """Many times in a row, so that a step that overtakes another would be seen."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.manual_seed(0)
+    weight, x = torch.randn(rows, k, device=device).to(dtype), torch.randn(batch, k, device=device).to(dtype)
+    counters = torch.zeros(kernels.COUNTERS, dtype=torch.int32, device=device)
+    launcher = Launcher(device, dtype, F32, True, counters)
+    for _ in range(20):
+        if batch <= kernels.MOST_VECTORS:
+            found = launcher.linear(x, weight)
+        else:
+            found = launcher.product(x, weight)
+            parts = launcher.product_in_parts(x, weight)
+            added = parts.sums.sum(0) if isinstance(parts, kernels.Parts) else parts
+            assert product_error(added, x, weight, None) <= 2
+        assert product_error(found, x, weight, None) <= 2
+    assert not counters.any()
+
+
+def test_parts_are_added_by_the_norm_behind_them():
+    torch.manual_seed(0)
+    x, sums, bias = torch.randn(3, 40), torch.randn(4, 3, 40), torch.randn(40).bfloat16()
+    norm = Norm(torch.randn(40).bfloat16(), 1e-5)
+    wanted = x + (sums.sum(0) + bias.float()).bfloat16().float()
+    with emulated_gpu():
+        found = Launcher(CPU, BF16, F32).normalise(x, norm, kernels.Parts(sums, bias))
+    torch.testing.assert_close(x, wanted, rtol=1e-6, atol=1e-6)
+    normed = nn.functional.rms_norm(wanted, (40,), norm.weight.float(), norm.eps)
+    torch.testing.assert_close(found.float(), normed, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "batch"),
+    [
+        (10240, 2560, 64),
+        (2560, 5120, 64),
+        (192, 5120, 64),
+        (10576, 2560, 33),
+        (768, 1536, 9),
+        (50280, 2560, 64),
+    ],
+)
+def test_the_division_of_product_uses_a_gpu(rows, k, batch):
+    """Of 132 multiprocessors nearly every one has a block where the matrix is large; registers suffice."""
+    tiles, parts = kernels._division(rows, k, batch, 132, 227 << 10, True)
+    blocks = -(-rows // (16 * tiles)) * parts
+    assert tiles * -(-batch // 8) <= kernels.MOST_ACCUMULATORS
+    assert blocks >= 90 or rows * k < 2**21
+    assert parts == 1 or k >= 128 * parts
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4, 8])

@@ -3,9 +3,9 @@
 A block is a chain of products with vectors, each of which needs all of the one before it: Mamba-1 takes four
 kernels (`in_proj` with the norm before it and the convolution after it; `x_proj`; `dt_proj` with the
 recurrence and the gate; `out_proj`, which adds to the residual stream), Mamba-2 three; a gated MLP leaves its
-activation to PyTorch. With more than eight sequences the products are PyTorch's and everything between them
-is one kernel each. Blocks of another kind run by their own forward in between. The numbers are those of the
-model's forward up to the order of sums: all roundings are the same.
+activation to PyTorch. With more than eight sequences products are kernels by themselves, ours or PyTorch's,
+and everything between them is one kernel each. Blocks of another kind run by their own forward in between.
+The numbers are those of the model's forward up to the order of sums: all roundings are the same.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from mambakit.generation.recorded.kernels import (
-    MOST_SHARED,
+    COUNTERS,
     MOST_STATES,
     MOST_TAPS,
-    MOST_VECTORS,
     Conv,
     Launcher,
     Norm,
-    padded,
+    Parts,
 )
 from mambakit.generation.settings import unknown_setting
 from mambakit.layers.conv import CausalConv1d
@@ -75,6 +74,7 @@ class FusedForward:
                 _unlike(p, weight.dtype, weight.device) is None for part in last for p in part.parameters()
             )
         )
+        self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=weight.device)
         self._widest = max(part.in_features for part in model.modules() if isinstance(part, nn.Linear))
 
     @staticmethod
@@ -118,7 +118,7 @@ class FusedForward:
         weight = model.embedding.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         residual = wide if backbone.config.residual_in_fp32 else weight.dtype
-        launcher = Launcher(weight.device, weight.dtype, residual, self.overlap)
+        launcher = Launcher(weight.device, weight.dtype, residual, self.overlap, self._counters)
         run = _Step(launcher, launcher.embed(tokens, weight), self._widest)
         for number, block in enumerate(backbone.blocks):
             own = state[str(number)]
@@ -192,13 +192,16 @@ class _Step:
 
     def __init__(self, launcher: Launcher, residual: Tensor, widest: int) -> None:
         self.launch, self.residual = launcher, residual
-        self.branch: Tensor | None = None
-        # Whether products are our own: for few sequences, whose activations fit into shared memory.
-        batch, size = len(residual), launcher.dtype.itemsize
-        self.few = batch <= MOST_VECTORS and padded(batch) * widest * size <= MOST_SHARED
+        self.branch: Tensor | Parts | None = None
+        # Few sequences, whose activations fit into shared memory.
+        self.few = launcher.takes_vectors(len(residual), widest)
 
     def settled(self) -> Tensor:
         """The residual stream with everything added."""
+        if isinstance(self.branch, Parts):
+            branch = self.branch.sums.sum(0)
+            branch = branch if self.branch.bias is None else branch + self.branch.bias
+            self.branch = branch.to(self.launch.dtype)
         if self.branch is not None:
             self.residual.add_(self.branch)
             self.branch = None
@@ -215,7 +218,7 @@ class _Step:
             return self.launch.linear(self.residual, linear.weight, linear.bias, norm=before, conv=conv)
         normed = self.launch.normalise(self.residual, before, self.branch)
         self.branch = None
-        out = nn.functional.linear(normed, linear.weight, linear.bias)
+        out = self.product(normed, linear)
         if conv is not None:
             self.launch.convolve(out, conv)
         return out
@@ -224,6 +227,8 @@ class _Step:
         """A linear layer of anything else."""
         if self.few:
             return self.launch.linear(x, linear.weight, linear.bias)
+        if self.launch.takes_product(x, linear.weight):
+            return self.launch.product(x, linear.weight, linear.bias)
         return nn.functional.linear(x, linear.weight, linear.bias)
 
     def add(self, y: Tensor, linear: nn.Linear, norm: Norm | None = None) -> None:
@@ -232,7 +237,10 @@ class _Step:
             self.launch.linear(y, linear.weight, linear.bias, norm=norm, add_to=self.residual)
             return
         y = y if norm is None else self.launch.normalise(y, norm)
-        self.branch = nn.functional.linear(y, linear.weight, linear.bias)
+        if self.launch.takes_product(y, linear.weight):
+            self.branch = self.launch.product_in_parts(y, linear.weight, linear.bias)
+        else:
+            self.branch = nn.functional.linear(y, linear.weight, linear.bias)
 
     def mamba1(self, block: Block, state: State) -> None:
         """A Mamba-1 block."""
@@ -241,8 +249,7 @@ class _Step:
         conv = Conv(mixer.conv1d.weight, mixer.conv1d.bias, state["conv"])
         x, z = self.linear(mixer.in_proj, block.norm, conv).split(d, dim=1)
         dt, B, C = self.product(x, ssm.x_proj).split((rank, n, n), dim=1)
-        weight = ssm.dt_proj.weight if self.few else None
-        dt = dt if self.few else ssm.dt_proj(dt)
+        weight = ssm.dt_proj.weight
         y = self.launch.scan(x, z, dt, B, C, weight, ssm.dt_bias, ssm.A_log, ssm.D, state["ssm"])
         self.add(y, mixer.out_proj)
 

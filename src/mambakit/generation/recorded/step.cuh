@@ -8,7 +8,9 @@
 // Settings of every compilation: IO (float, bf16, half: weights and activations), RES (the residual stream's type),
 // ALIGNED (16-byte accesses are possible).
 
-constexpr int THREADS = 256;
+#ifndef THREADS
+#define THREADS 256
+#endif
 constexpr int WARPS = THREADS / 32;
 constexpr int VEC = 16 / sizeof(IO);  // weights of one load
 
@@ -34,7 +36,11 @@ DEVICE void load_some(float (&to)[8], const T* from, int left) {
 template <typename T>
 DEVICE void store_some(T* to, const float (&from)[8], int left) {
     if constexpr (ALIGNED) {
-        store8(to, from);
+        unsigned words[2 * sizeof(T)];
+        pack<T, 8>(words, from);
+#pragma unroll
+        for (int q = 0; q < (int)sizeof(T) / 2; q++)
+            store16((Words4*)to + q, Words4{words[4 * q], words[4 * q + 1], words[4 * q + 2], words[4 * q + 3]});
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++)
@@ -83,67 +89,134 @@ struct Source {
     int64 stride, add_stride, gate_stride;
     int rows, groups, size;
     float eps;
+    const float* parts = nullptr;  // what is added is the sum of SUMMED of these, `part_stride` apart, and of a bias
+    const IO* bias = nullptr;
+    int64 part_stride = 0;
+
+    // Eight numbers of a row with what is added to them, rounded as they will be kept.
+    template <int SUMMED>
+    DEVICE void read(float (&x)[8], int row, int at, int left) const {
+        load_some(x, from + row * stride + at, left);
+        float more[8];
+        if constexpr (SUMMED > 0) {
+            float part[SUMMED][8], constant[8] = {};
+#pragma unroll
+            for (int c = 0; c < SUMMED; c++) load_some(part[c], parts + c * part_stride + at, left);
+            if (bias) load_some(constant, bias + at, left);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                more[i] = 0.0f;
+#pragma unroll
+                for (int c = 0; c < SUMMED; c++) more[i] += part[c][i];
+                more[i] = rounded(more[i] + constant[i]);
+            }
+        } else if (add) {
+            load_some(more, add + row * add_stride + at, left);
+        } else {
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            In kept;
+            store(&kept, x[i] + more[i]);
+            x[i] = load(kept);
+        }
+    }
+    template <int SUMMED>
+    DEVICE void keep(const float (&x)[8], int row, int at, int left) const {
+        if (SUMMED > 0 || add) store_some(from + row * stride + at, x, left);
+    }
+    DEVICE void fetch_gate(float (&z)[8], int row, int at, int left) const {
+        if (gate) load_some(z, gate + row * gate_stride + at, left);
+    }
+    // Eight numbers of the result.
+    DEVICE void finish(IO* to, float (&x)[8], const float (&z)[8], float root, int at, int left) const {
+        float scale[8];
+        load_some(scale, weight + at, left);
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] *= root * scale[i];
+        if (gate) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) x[i] *= silu(z[i]);
+        }
+        store_some(to + at, x, left);
+    }
 };
 
-// to = round(x / sqrt(mean(x^2) + eps) * weight [* silu(gate)]) by groups of channels; rows `pitch` apart. `scratch`
-// holds WARPS x N floats. All threads of the block come here; the caller sets a barrier behind.
-template <int N, typename In>
-DEVICE void normalise(IO* to, int pitch, const Source<In>& s, float* scratch) {
+// 1 / sqrt(mean + eps) of every row, from the threads' sums of squares. `scratch` holds WARPS x N floats.
+template <int N, int PENDING>
+DEVICE void root_of_mean(float (&root)[N], float (&squares)[N], float* scratch, int size, float eps) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first = sum_lanes<N, 1, 32>(squares, lane);
+    scratch[warp * N + first] = squares[0];
+    copies_wait<PENDING>();  // of the weights
+    block_barrier();
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += scratch[w * N + j];
+        root[j] = 1.0f / sqrtf(sum / size + eps);
+    }
+}
+
+// to = round(x / sqrt(mean(x^2) + eps) * weight [* silu(gate)]) by groups of channels; rows `pitch` apart. With HELD a
+// thread keeps so many pieces of the one row, all of which it asks for at once; otherwise it reads them twice. PENDING
+// copies may be under way behind those of the weights. All threads of the block come here; the caller sets a barrier
+// behind.
+template <int N, int HELD_PIECES, int PENDING, int SUMMED = 0, typename In>
+DEVICE void normalise(IO* to, int pitch, const Source<In>& s, float* scratch) {
     for (int g = 0; g < s.groups; g++) {
-        float squares[N];
+        const int first = g * s.size;
+        float squares[N], root[N];
 #pragma unroll
         for (int j = 0; j < N; j++) squares[j] = 0.0f;
-        for (int c = threadIdx.x * 8; c < s.size; c += THREADS * 8) {
-            const int at = g * s.size + c, left = s.size - c;
+        if constexpr (HELD_PIECES > 0) {
+            static_assert(N == 1, "one row is held");
+            float x[HELD_PIECES][8], z[HELD_PIECES][8];
 #pragma unroll
-            for (int j = 0; j < N; j++) {
-                if (j >= s.rows) continue;
-                float x[8];
-                load_some(x, s.from + j * s.stride + at, left);
-                if (s.add) {
-                    float more[8];
-                    load_some(more, s.add + j * s.add_stride + at, left);
-#pragma unroll
-                    for (int i = 0; i < 8; i++) x[i] += more[i];
-                    store_some(s.from + j * s.stride + at, x, left);
-                    if constexpr (sizeof(In) < 4) load_some(x, s.from + j * s.stride + at, left);
-                }
-#pragma unroll
-                for (int i = 0; i < 8; i++) squares[j] += x[i] * x[i];
+            for (int h = 0; h < HELD_PIECES; h++) {
+                const int c = (h * THREADS + (int)threadIdx.x) * 8;
+                if (c >= s.size) continue;
+                s.template read<SUMMED>(x[h], 0, first + c, s.size - c);
+                s.fetch_gate(z[h], 0, first + c, s.size - c);
             }
-        }
-        const int first = sum_lanes<N, 1, 32>(squares, lane);
-        scratch[warp * N + first] = squares[0];
-        copies_wait<0>();  // of the weights
-        block_barrier();
-        float root[N];
+            keep_order();  // a store would have later reads wait
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            float sum = 0.0f;
+            for (int h = 0; h < HELD_PIECES; h++) {
+                const int c = (h * THREADS + (int)threadIdx.x) * 8;
+                if (c >= s.size) continue;
+                s.template keep<SUMMED>(x[h], 0, first + c, s.size - c);
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += scratch[w * N + j];
-            root[j] = 1.0f / sqrtf(sum / s.size + s.eps);
-        }
-        for (int c = threadIdx.x * 8; c < s.size; c += THREADS * 8) {
-            const int at = g * s.size + c, left = s.size - c;
-            float weight[8];
-            load_some(weight, s.weight + at, left);
-#pragma unroll
-            for (int j = 0; j < N; j++) {
-                if (j >= s.rows) continue;
-                float x[8];
-                load_some(x, s.from + j * s.stride + at, left);  // from the nearest cache
-#pragma unroll
-                for (int i = 0; i < 8; i++) x[i] *= root[j] * weight[i];
-                if (s.gate) {
-                    float z[8];
-                    load_some(z, s.gate + j * s.gate_stride + at, left);
-#pragma unroll
-                    for (int i = 0; i < 8; i++) x[i] *= silu(z[i]);
-                }
-                store_some(to + j * pitch + at, x, left);
+                for (int i = 0; i < 8; i++) squares[0] += x[h][i] * x[h][i];
             }
+            root_of_mean<N, PENDING>(root, squares, scratch, s.size, s.eps);
+#pragma unroll
+            for (int h = 0; h < HELD_PIECES; h++) {
+                const int c = (h * THREADS + (int)threadIdx.x) * 8;
+                if (c < s.size) s.finish(to, x[h], z[h], root[0], first + c, s.size - c);
+            }
+        } else {
+            for (int c = threadIdx.x * 8; c < s.size; c += THREADS * 8)
+#pragma unroll
+                for (int j = 0; j < N; j++) {
+                    if (j >= s.rows) continue;
+                    float x[8];
+                    s.template read<SUMMED>(x, j, first + c, s.size - c);
+                    s.template keep<SUMMED>(x, j, first + c, s.size - c);
+#pragma unroll
+                    for (int i = 0; i < 8; i++) squares[j] += x[i] * x[i];
+                }
+            root_of_mean<N, PENDING>(root, squares, scratch, s.size, s.eps);
+            for (int c = threadIdx.x * 8; c < s.size; c += THREADS * 8)
+#pragma unroll
+                for (int j = 0; j < N; j++) {
+                    if (j >= s.rows) continue;
+                    float x[8], z[8];
+                    load_some(x, s.from + j * s.stride + first + c, s.size - c);  // from the nearest cache
+                    s.fetch_gate(z, j, first + c, s.size - c);
+                    s.finish(to + j * pitch, x, z, root[j], first + c, s.size - c);
+                }
         }
         block_barrier();
     }
@@ -152,14 +225,34 @@ DEVICE void normalise(IO* to, int pitch, const Source<In>& s, float* scratch) {
 // The same without a norm.
 template <int N>
 DEVICE void bring(IO* to, int pitch, const IO* from, int64 stride, int rows, int size) {
-    for (int c = threadIdx.x * 8; c < size; c += THREADS * 8)
+    if constexpr (ALIGNED) {
+        // Some pieces at once: a store would have later reads wait.
+        constexpr int ONCE = 4;
+        const int pieces = size / VEC, all = rows * pieces;
+        for (int base = threadIdx.x; base < all; base += ONCE * THREADS) {
+            Words4 x[ONCE];
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            if (j >= rows) continue;
-            float x[8];
-            load_some(x, from + j * stride + c, size - c);
-            store_some(to + j * pitch + c, x, size - c);
+            for (int i = 0; i < ONCE; i++) {
+                const int number = base + i * THREADS, row = N == 1 ? 0 : number / pieces;
+                if (number < all) x[i] = *(const Words4*)(from + row * stride + (number - row * pieces) * VEC);
+            }
+            keep_order();
+#pragma unroll
+            for (int i = 0; i < ONCE; i++) {
+                const int number = base + i * THREADS, row = N == 1 ? 0 : number / pieces;
+                if (number < all) store16(to + row * pitch + (number - row * pieces) * VEC, x[i]);
+            }
         }
+    } else {
+        for (int c = threadIdx.x * 8; c < size; c += THREADS * 8)
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+                if (j >= rows) continue;
+                float x[8];
+                load_some(x, from + j * stride + c, size - c);
+                store_some(to + j * pitch + c, x, size - c);
+            }
+    }
 }
 
 // Zero what the products read beyond the vectors: padding columns, and rows that do not exist.
