@@ -134,17 +134,18 @@ def test_greedy_writing_is_the_same_for_64_tokens(exported):
 
 def test_weights_are_written_once_and_stay_outside_of_the_graphs(exported):
     model, runtime = exported
-    size = sum(4 * p.numel() for p in model.parameters())
-    assert 0.9 * size < (runtime.folder / "weights.bin").stat().st_size < 1.1 * size
     names = ["manifest.json", "prefill.onnx", "step.onnx", "weights.bin"]
     assert sorted(p.name for p in runtime.folder.iterdir()) == names
-    held = 0
+    places = {}
     for name in ("prefill.onnx", "step.onnx"):
         graph = onnx.load(runtime.folder / name, load_external_data=False).graph
-        held += sum(
-            t.data_location != onnx.TensorProto.EXTERNAL and t.ByteSize() > 400 for t in graph.initializer
-        )
-    assert held == 0
+        numbers = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+        outside = [t for t in numbers if t.data_location == onnx.TensorProto.EXTERNAL]
+        assert all(t in outside or t.ByteSize() < 400 for t in numbers)
+        places[name] = {tuple(sorted((e.key, e.value) for e in t.external_data)) for t in outside}
+    assert places["step.onnx"] == places["prefill.onnx"]
+    held = sum(int(dict(place)["length"]) for place in places["prefill.onnx"])
+    assert held <= sum(4 * p.numel() for p in model.parameters()) < 1.1 * held + 2000
 
 
 @pytest.mark.slow
