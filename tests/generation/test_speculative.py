@@ -152,7 +152,7 @@ def test_sampled_texts_have_the_models_distribution(sampling):
         )
         counts[text] = counts.get(text, 0) + 1
     statistic, degrees = chi_square(counts, expected)
-    assert degrees > 10
+    assert degrees >= 8, "too few different texts to compare"
     assert statistic < bound(degrees)
     assert 0.2 < went.rate < 0.9, "drafts that always or never stand would prove nothing"
 
