@@ -145,19 +145,19 @@ def finish(
     )
     dlog = tl.where(mask, dlog, 0.0)
     to = ddt + ((row * length + begin) * h + t[:, None] * h + heads[None, :])
-    if A is None:
+    if A is None:  # no early return: what follows one is compiled all the same
         tl.store(to, dlog.to(ddt.dtype.element_ty), mask=mask)
-        return
-    rate = tl.load(A + heads, mask=heads < h, other=0.0)
-    found = tl.load(dsteps + at, mask=mask, other=0.0) + rate[None, :] * dlog
-    raw = _raw_steps(dt + row * dt_b + begin * dt_l, dt_l, dt_h, dt_bias, heads, t, mask)
-    if CLAMP:
-        free = softplus(raw) if SOFTPLUS else raw
-        found = tl.where((free >= dt_min) & (free <= dt_max), found, 0.0)
-    if SOFTPLUS:
-        found *= 1.0 / (1.0 + tl.exp(-raw))
-    tl.store(to, found.to(ddt.dtype.element_ty), mask=mask)
-    by_chunk = (row * chunks + chunk) * h + heads
-    step = tl.load(steps + at, mask=mask, other=0.0)
-    tl.store(dA + by_chunk, tl.sum(step * dlog, axis=0), mask=heads < h)
-    tl.store(ddt_bias + by_chunk, tl.sum(tl.where(mask, found, 0.0), axis=0), mask=heads < h)
+    else:
+        rate = tl.load(A + heads, mask=heads < h, other=0.0)
+        found = tl.load(dsteps + at, mask=mask, other=0.0) + rate[None, :] * dlog
+        raw = _raw_steps(dt + row * dt_b + begin * dt_l, dt_l, dt_h, dt_bias, heads, t, mask)
+        if CLAMP:
+            free = softplus(raw) if SOFTPLUS else raw
+            found = tl.where((free >= dt_min) & (free <= dt_max), found, 0.0)
+        if SOFTPLUS:
+            found *= 1.0 / (1.0 + tl.exp(-raw))
+        tl.store(to, found.to(ddt.dtype.element_ty), mask=mask)
+        by_chunk = (row * chunks + chunk) * h + heads
+        step = tl.load(steps + at, mask=mask, other=0.0)
+        tl.store(dA + by_chunk, tl.sum(step * dlog, axis=0), mask=heads < h)
+        tl.store(ddt_bias + by_chunk, tl.sum(tl.where(mask, found, 0.0), axis=0), mask=heads < h)
