@@ -22,6 +22,7 @@ import typer
 import mambakit
 from mambakit.cli.bench import bench
 from mambakit.cli.console import complain, out
+from mambakit.cli.course import course
 from mambakit.cli.doctor import doctor
 from mambakit.cli.eval import evaluate
 from mambakit.cli.generate import generate
@@ -43,6 +44,10 @@ app.command(name="eval")(evaluate)
 app.command()(recipes)
 app.command()(doctor)
 app.command()(bench)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)(course)
 
 
 def _version(wanted: bool) -> None:
