@@ -30,7 +30,15 @@ build = Path(os.environ.get("COURSE_BUILD", site.BUILD))
 only = os.environ.get("COURSE_ONLY", "").split()
 if only:  # a preview of single pages: references into the others are no mistakes
     include_patterns = ["index.md", *(f"{name}.md" for name in only)]
-    suppress_warnings = ["toc.excluded", "toc.not_readable", "ref.doc", "ref.ref", "ref.term", "myst.xref_missing"]
+    suppress_warnings = [
+        "toc.excluded",
+        "toc.not_included",
+        "toc.not_readable",
+        "ref.doc",
+        "ref.ref",
+        "ref.term",
+        "myst.xref_missing",
+    ]
 exclude_patterns = ["README.md", "CONTRIBUTING.md", "coursekit", "_static", "quizzes", "projects"]
 
 # Lessons: executed, and executed again whenever the library or the course's own modules change

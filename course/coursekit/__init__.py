@@ -40,4 +40,6 @@ def glue(name: str, value: Any) -> None:
 def finish() -> None:
     """End a page: fail where the lesson took more processor time than a lesson may."""
     spent = time.process_time()
-    assert spent <= BUDGET, f"the lesson took {spent:.0f} s of processor time, at most {BUDGET:.0f} s are allowed"
+    assert spent <= BUDGET, (
+        f"the lesson took {spent:.0f} s of processor time, at most {BUDGET:.0f} s are allowed"
+    )

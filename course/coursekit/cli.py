@@ -28,7 +28,9 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mambakit course", description="The course: eight executable weeks.")
+    parser = argparse.ArgumentParser(
+        prog="mambakit course", description="The course: eight executable weeks."
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     one = verbs.add_parser("build", help="make the site, executing every lesson that changed")
@@ -132,5 +134,3 @@ def _grade(options: argparse.Namespace) -> int:
     print(grading.as_csv(marks), end="")
     print(f"seed {seed}; marks.json, marks.csv and marks.html are in {out}")
     return 0
-
-

@@ -43,7 +43,11 @@ def _load() -> tuple[Entry, ...]:
     data: dict[str, Any] = yaml.safe_load((COURSE / "curriculum.yaml").read_text(encoding="utf-8"))
     planned = set(data.pop("planned") or [])
     return tuple(
-        Entry(module=module, is_written=item["anchor"] not in planned, **{**item, "checks": tuple(item.get("checks", ()))})
+        Entry(
+            module=module,
+            is_written=item["anchor"] not in planned,
+            **{**item, "checks": tuple(item.get("checks", ()))},
+        )
         for module, items in data.items()
         for item in items
     )

@@ -81,7 +81,6 @@ GUIDE_PAGES = {
     "decoding.md": "decoding",
     "decoding_gpu.md": "decoding",
     "architecture.md": "architecture",
-    "decisions.md": "decisions",
     "log.md": "benchmarks",
 }
 """Page of docs/ -> page of the guide that shows it."""
@@ -124,7 +123,9 @@ class Quiz(SphinxDirective):
         data = html.escape(json.dumps(facts), quote=True)
         name = html.escape(question.id)
         opening = f'<form class="quiz-item" id="quiz-{name}" data-id="{name}" data-quiz="{data}">'
-        asked = nodes.container("", *self.parse_text_to_nodes(f"**{number}.** {question.ask}"), classes=["ask"])
+        asked = nodes.container(
+            "", *self.parse_text_to_nodes(f"**{number}.** {question.ask}"), classes=["ask"]
+        )
         asked["ids"] = [f"ask-{question.id}"]
         parts: list[nodes.Node] = [_raw(opening), asked]
         if question.type == "choice":
@@ -145,7 +146,9 @@ class Quiz(SphinxDirective):
                     f'placeholder="{hint}" autocomplete="off"></p>'
                 )
             )
-        parts.append(_raw('<p><button type="submit">Check</button> <output aria-live="polite"></output></p></form>'))
+        parts.append(
+            _raw('<p><button type="submit">Check</button> <output aria-live="polite"></output></p></form>')
+        )
         return parts
 
 
@@ -172,9 +175,7 @@ def _raw(markup: str) -> nodes.raw:
 # Docstrings: written to be read in an editor, with backticks and indented formulas; reStructuredText wants more
 
 
-def readable_docstring(
-    app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
-) -> None:
+def readable_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Turn a docstring's single backticks into code and its indented formulas into literal blocks."""
     lines[:] = docstring(lines)
 
@@ -206,7 +207,12 @@ _SECTION = re.compile(r"^(Args|Returns|Raises|Attributes|Source|Yields|Note|Exam
 def _formula_follows(lines: list[str], index: int) -> bool:
     """Whether the next paragraph stands deeper than this line, as a formula or a table does."""
     line = lines[index]
-    if not line.strip() or _SECTION.match(line.strip()) or index + 2 >= len(lines) or lines[index + 1].strip():
+    if (
+        not line.strip()
+        or _SECTION.match(line.strip())
+        or index + 2 >= len(lines)
+        or lines[index + 1].strip()
+    ):
         return False
     here = len(line) - len(line.lstrip())
     after = next((later for later in lines[index + 1 :] if later.strip()), "")
@@ -219,7 +225,9 @@ def _escaped(line: str) -> str:
         if index % 2:
             pieces[index] = f"`{piece}`"
         else:
-            pieces[index] = re.sub(r"(?<!\w)(\*+)(?=\w)", lambda found: re.sub(r"\*", r"\\*", found[1]), piece)
+            pieces[index] = re.sub(
+                r"(?<!\w)(\*+)(?=\w)", lambda found: re.sub(r"\*", r"\\*", found[1]), piece
+            )
             pieces[index] = re.sub(r"\|", r"\\|", pieces[index])
             pieces[index] = re.sub(r"(?<=\w)_(?=[\s,.;:)]|$)", r"\\_", pieces[index])
     return "".join(pieces)
@@ -228,7 +236,9 @@ def _escaped(line: str) -> str:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def load_what_a_page_needs(app: Sphinx, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+def load_what_a_page_needs(
+    app: Sphinx, name: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
     """Scripts only where something uses them: plotly has 5 MB."""
     body = context.get("body") or ""
     if 'class="quiz' in body:

@@ -42,7 +42,9 @@ class Figure:
         if "COURSE_SITE" in os.environ:
             return picture
         style = (STATIC / "course.css").read_text(encoding="utf-8")
-        scripts = [path.read_text(encoding="utf-8") for path in (LIBRARY, LIBRARY.with_name(f"{self.name}.js"))]
+        scripts = [
+            path.read_text(encoding="utf-8") for path in (LIBRARY, LIBRARY.with_name(f"{self.name}.js"))
+        ]
         inline = "".join(f"<script>{script}</script>" for script in scripts)
         return f"<style>{style}</style>{picture}{inline}<script>CourseFigures.mountAll();</script>"
 

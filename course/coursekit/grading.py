@@ -107,7 +107,9 @@ def answers(notebook: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def check_notebook(path: Path, seed: int, *, graded_only: bool = False) -> list[tuple[str, list[exercises.Outcome]]]:
+def check_notebook(
+    path: Path, seed: int, *, graded_only: bool = False
+) -> list[tuple[str, list[exercises.Outcome]]]:
     """Judge every exercise of a notebook's lesson.
 
     Args:
@@ -168,7 +170,9 @@ def _grade_notebook(student: str, path: Path, seed: int) -> list[Mark]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "coursekit.grading", str(path.resolve()), str(seed)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False
+        )
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else ""
         shown = done.stdout
     except subprocess.TimeoutExpired:
@@ -247,7 +251,9 @@ def as_html(marks: list[Mark]) -> str:
         sections.append(
             f"<h2>{html.escape(student)}</h2><table><tr><th>work</th><th>points</th><th>lost</th></tr>{rows}</table>"
         )
-    style = "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td,th{text-align:left;"
+    style = (
+        "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td,th{text-align:left;"
+    )
     style += "vertical-align:top;padding:.3em 1em .3em 0;border-top:1px solid #ccc}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Marks</title><style>{style}</style>'

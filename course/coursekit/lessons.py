@@ -24,7 +24,8 @@ _CELL = re.compile(
 )
 _FRONT = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
 _SOLUTION = re.compile(
-    r"^(?P<indent>[ \t]*)### BEGIN SOLUTION\n(?P<body>.*?)^[ \t]*### END SOLUTION\n?", re.MULTILINE | re.DOTALL
+    r"^(?P<indent>[ \t]*)### BEGIN SOLUTION\n(?P<body>.*?)^[ \t]*### END SOLUTION\n?",
+    re.MULTILINE | re.DOTALL,
 )
 _SOLUTION_MARKS = re.compile(r"^[ \t]*### (BEGIN|END) SOLUTION\n?", re.MULTILINE)
 BUDGET = 120.0
@@ -81,6 +82,11 @@ def front_matter(text: str) -> dict[str, Any]:
     return (yaml.safe_load(found[1]) or {}) if found else {}
 
 
+def body(text: str) -> str:
+    """A page without the YAML at its top."""
+    return _FRONT.sub("", text)
+
+
 def cells(text: str) -> Iterator[Cell]:
     """The code cells of a lesson in their order."""
     for found in _CELL.finditer(text):
@@ -105,7 +111,9 @@ def exercise_cells() -> dict[str, tuple[str, Cell]]:
         for cell in cells(source(name)):
             if cell.exercise is not None:
                 if cell.exercise in found:
-                    raise ValueError(f"exercise {cell.exercise} stands in {found[cell.exercise][0]} and {name}")
+                    raise ValueError(
+                        f"exercise {cell.exercise} stands in {found[cell.exercise][0]} and {name}"
+                    )
                 found[cell.exercise] = (name, cell)
     return found
 
@@ -130,8 +138,12 @@ def page(text: str, is_graded: Callable[[str], bool], heading: Callable[[dict[st
         pieces.append(_exercise(cell, is_graded(cell.exercise)) if cell.exercise else raw)
     whole = "".join(pieces) + text[end:]
     lesson = front_matter(text).get("lesson", {})
-    whole = re.sub(r"^# .+\n", lambda found: f"{found[0]}\n{heading(lesson)}\n", whole, count=1, flags=re.MULTILINE)
-    return f"{whole.rstrip()}\n\n{_cell(f'import coursekit{NEWLINE}coursekit.finish()', tags='[remove-cell]')}\n"
+    whole = re.sub(
+        r"^# .+\n", lambda found: f"{found[0]}\n{heading(lesson)}\n", whole, count=1, flags=re.MULTILINE
+    )
+    return (
+        f"{whole.rstrip()}\n\n{_cell(f'import coursekit{NEWLINE}coursekit.finish()', tags='[remove-cell]')}\n"
+    )
 
 
 NEWLINE = "\n"

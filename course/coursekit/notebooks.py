@@ -22,7 +22,7 @@ def notebook(name: str, *, solved: bool = False) -> jupytext.jupytext.NotebookNo
         text = lessons.solved(text)
     else:
         text = lessons.student(text)
-    made = jupytext.reads(text, fmt="md:myst")
+    made = jupytext.reads(lessons.body(text), fmt="md:myst")
     made.metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
         "lesson": name,

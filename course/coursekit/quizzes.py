@@ -130,11 +130,19 @@ def bank(module: str) -> dict[str, dict[str, Any]]:
 
 
 def _complete(item: Mapping[str, Any], module: str) -> None:
-    needed = {"id", "anchor", "type", "ask", *(("choices",) if item.get("type") == "choice" else ("key", "why"))}
+    needed = {
+        "id",
+        "anchor",
+        "type",
+        "ask",
+        *(("choices",) if item.get("type") == "choice" else ("key", "why")),
+    }
     if missing := needed - set(item):
         raise ValueError(f"quiz item {item.get('id', item)}: it has no {', '.join(sorted(missing))}")
     if item["type"] not in TYPES:
-        raise ValueError(f"quiz item {item['id']}: type is {item['type']!r}, expected one of {', '.join(TYPES)}")
+        raise ValueError(
+            f"quiz item {item['id']}: type is {item['type']!r}, expected one of {', '.join(TYPES)}"
+        )
     if not item["id"].startswith(f"{module}-"):
         raise ValueError(f"quiz item {item['id']}: its name should begin with {module}-")
 
@@ -155,7 +163,11 @@ def ask(item: Mapping[str, Any], values: Mapping[str, Any]) -> Question:
     if "given" in item:
         exec(compile(item["given"], item["id"], "exec"), scope)
     choices = tuple(
-        Choice(_filled(choice["text"], values), bool(_value(choice["holds"], scope)), _filled(choice["why"], values))
+        Choice(
+            _filled(choice["text"], values),
+            bool(_value(choice["holds"], scope)),
+            _filled(choice["why"], values),
+        )
         for choice in item.get("choices", [])
     )
     key: Any
@@ -165,7 +177,12 @@ def ask(item: Mapping[str, Any], values: Mapping[str, Any]) -> Question:
         key = _value(item["key"], scope)
         key = float(key) if item["type"] == "number" else str(key)
     return Question(
-        item["id"], item["type"], _filled(item["ask"], values), key, _filled(item.get("why", ""), values), choices
+        item["id"],
+        item["type"],
+        _filled(item["ask"], values),
+        key,
+        _filled(item.get("why", ""), values),
+        choices,
     )
 
 
@@ -224,7 +241,10 @@ def personal(module: str, student: str, secret: bytes) -> list[Question]:
     rng = random.Random(digest)
     items = list(bank(module).values())
     rng.shuffle(items)
-    return [ask(item, {name: rng.choice(options) for name, options in item.get("draw", {}).items()}) for item in items]
+    return [
+        ask(item, {name: rng.choice(options) for name, options in item.get("draw", {}).items()})
+        for item in items
+    ]
 
 
 def form(module: str, student: str, secret: bytes) -> str:
@@ -233,7 +253,11 @@ def form(module: str, student: str, secret: bytes) -> str:
     for question in personal(module, student, secret):
         lines += [f"  # {line}" for line in question.ask.strip().splitlines()]
         lines += [f"  #   {index}: {choice.text.strip()}" for index, choice in enumerate(question.choices)]
-        kind = {"number": "a number, three digits", "choice": "numbers of what holds, as [0, 2]", "text": "a text"}
+        kind = {
+            "number": "a number, three digits",
+            "choice": "numbers of what holds, as [0, 2]",
+            "text": "a text",
+        }
         lines += [f"  {question.id}:   # {kind[question.type]}", ""]
     return "\n".join(lines)
 
@@ -261,7 +285,8 @@ def mark(text: str, secret: bytes) -> tuple[str, str, dict[str, bool]]:
     answers = filled["answers"] or {}
     questions = personal(filled["quiz"], filled["student"], secret)
     result = {
-        question.id: answers.get(question.id) is not None and question.is_right(_literal(answers[question.id]))
+        question.id: answers.get(question.id) is not None
+        and question.is_right(_literal(answers[question.id]))
         for question in questions
     }
     return filled["quiz"], filled["student"], result

@@ -20,7 +20,7 @@ ROOT = COURSE.parent
 BUILD = ROOT / "build" / "course"
 SITE = BUILD / "html"
 VENDORED = {
-    "tex-svg.js": ("sphinx_mathjax_offline", "static/mathjax/tex-svg.js"),
+    "tex-svg.js": ("sphinx-mathjax-offline", "static/mathjax/tex-svg.js"),
     "plotly.min.js": ("plotly", "package_data/plotly.min.js"),
 }
 """File of the site -> installed package and file in it, so that a page asks no other machine for anything."""
@@ -33,7 +33,11 @@ class BuildError(ValueError):
 def source_hash() -> str:
     """Fingerprint of everything that a lesson's output depends on besides its own cells."""
     digest = hashlib.sha256()
-    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "src").rglob("*.yaml"), *(COURSE / "coursekit").rglob("*.py")]
+    files = [
+        *(ROOT / "src").rglob("*.py"),
+        *(ROOT / "src").rglob("*.yaml"),
+        *(COURSE / "coursekit").rglob("*.py"),
+    ]
     for path in sorted(files):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -62,7 +62,9 @@ def canaries_of(name: str) -> list[str]:
     if not EXERCISES[name].graded:
         assert not any(found), f"{name} is practice and needs no canary"
         return []
-    assert all(len(each) == 1 for each in found), f"{name} is graded: its solutions need '# canary-' and 8 digits"
+    assert all(len(each) == 1 for each in found), (
+        f"{name} is graded: its solutions need '# canary-' and 8 digits"
+    )
     return [each[0] for each in found]
 
 

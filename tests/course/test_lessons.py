@@ -25,7 +25,9 @@ def test_a_lesson_has_what_every_lesson_has(name):
     assert head["cpu_seconds"] <= lessons.BUDGET
     assert set(head["needs"]) <= set(NAMES)
     code = "\n".join(cell.code for cell in lessons.cells(text))
-    assert re.search(r"^\s*assert ", code, re.MULTILINE), "no assertion holds the lesson's own code to the library"
+    assert re.search(r"^\s*assert ", code, re.MULTILINE), (
+        "no assertion holds the lesson's own code to the library"
+    )
     assert "figure(" in code or "plotly(" in code or "plt." in code, "no picture"
     assert "## Exercises" in text and "{quiz}" in text
     if head["topic"] != "paper":
@@ -38,7 +40,9 @@ def test_a_lesson_has_what_every_lesson_has(name):
 def test_the_page_and_the_notebook_hold_no_solution_of_a_graded_exercise(name):
     text = lessons.source(name)
     page = lessons.page(text, lambda exercise: exercises.find(exercise).graded, lambda lesson: "")
-    hidden = re.findall(r"^```\{code-cell\} python\n:tags: \[remove-input\]\n.*?^```$", page, re.MULTILINE | re.DOTALL)
+    hidden = re.findall(
+        r"^```\{code-cell\} python\n:tags: \[remove-input\]\n.*?^```$", page, re.MULTILINE | re.DOTALL
+    )
     shown = page
     for cell in hidden:
         shown = shown.replace(cell, "")
@@ -64,7 +68,6 @@ def test_a_notebook_that_is_handed_in_is_graded(tmp_path):
     name = "m1/discretisation"
     solved = notebooks.notebook(name, solved=True)
     empty = notebooks.notebook(name)
-    endless = notebooks.notebook(name)
     broken = notebooks.notebook(name, solved=True)
     for cell in broken.cells:
         if cell.metadata.get("exercise") == "m1-bilinear":
@@ -74,7 +77,7 @@ def test_a_notebook_that_is_handed_in_is_graded(tmp_path):
         (tmp_path / student / "m1-discretisation.ipynb").write_text(json.dumps(notebook))
     (tmp_path / "zoe").mkdir()
     (tmp_path / "zoe" / "m1-discretisation.ipynb").write_text("{")
-    assert endless.metadata["lesson"] == name
+    assert solved.metadata["lesson"] == name
     marks = {mark.student: mark for mark in grading.grade(tmp_path, seed=7, secret=None)}
     points = exercises.find("m1-bilinear").points
     assert {student: (mark.reached, mark.possible) for student, mark in marks.items()} == {
@@ -102,7 +105,7 @@ def test_figures_refuse_what_they_cannot_draw():
 def test_a_figure_outside_the_site_brings_its_script(monkeypatch):
     monkeypatch.delenv("COURSE_SITE", raising=False)
     drawn = figures.figure("discretisation", {"x": [1.0]}, label="a", caption="b")._repr_html_()
-    assert "CourseFigures.register(\"discretisation\"" in drawn and "mountAll()" in drawn
+    assert 'CourseFigures.register("discretisation"' in drawn and "mountAll()" in drawn
 
 
 @pytest.mark.parametrize("name", figures.available())
@@ -126,10 +129,14 @@ def test_modules_of_the_course_are_found_by_the_command(tmp_path, monkeypatch, c
     assert "inside a checkout" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_one_line(monkeypatch, capsys):
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys):
+    import coursekit
+
     from mambakit.cli import main
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "jupytext", None)
-    monkeypatch.delitem(sys.modules, "coursekit.notebooks", raising=False)
+    monkeypatch.delitem(sys.modules, "coursekit.notebooks")
+    monkeypatch.delattr(coursekit, "notebooks")
     assert main(["course", "notebooks"]) == 2
     assert "pip install -c constraints.txt '.[course]'" in capsys.readouterr().err

@@ -208,8 +208,12 @@ def close(got: Any, expected: torch.Tensor, what: str, tolerance: float = 1e-6) 
         tolerance: Largest difference allowed, relative to the largest expected value or to 1.
     """
     assert isinstance(got, torch.Tensor), f"{what} is a {type(got).__name__}, expected a tensor"
-    assert got.shape == expected.shape, f"{what} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    assert bool(torch.isfinite(torch.view_as_real(got) if got.is_complex() else got).all()), f"{what} is not finite"
+    assert got.shape == expected.shape, (
+        f"{what} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    )
+    assert bool(torch.isfinite(torch.view_as_real(got) if got.is_complex() else got).all()), (
+        f"{what} is not finite"
+    )
     off = (got - expected).abs().max().item() if got.numel() else 0.0
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     assert off <= tolerance * scale, f"{what} is off by {off:.1e}, expected at most {tolerance * scale:.0e}"

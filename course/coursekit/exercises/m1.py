@@ -130,7 +130,12 @@ def _(bilinear, rng):
 
     def error(dt: float) -> float:
         Abar, _ = bilinear(dt, A, B)
-        return (torch.linalg.matrix_power(Abar, round(0.4 / dt)) - torch.linalg.matrix_exp(0.4 * A)).abs().max().item()
+        return (
+            (torch.linalg.matrix_power(Abar, round(0.4 / dt)) - torch.linalg.matrix_exp(0.4 * A))
+            .abs()
+            .max()
+            .item()
+        )
 
     ratio = error(0.02) / error(0.01)
     assert 3.5 < ratio < 4.5, f"half the step divides the error by {ratio:.2f}, expected about 4"
