@@ -1,4 +1,4 @@
-"""Sphinx's settings. `mambakit course build` runs it (`coursekit/site.py`); nothing here asks another machine."""
+"""Sphinx's settings, for `mambakit course build` (`coursekit/site.py`). Nothing here asks another machine."""
 
 import os
 import sys
@@ -57,6 +57,7 @@ myst_dmath_double_inline = True
 # Docstrings
 default_role = "code"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True

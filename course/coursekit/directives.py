@@ -1,4 +1,4 @@
-"""The Sphinx extension of the course: exercises without solutions, quizzes, pages of docs/, readable docstrings."""
+"""The Sphinx extension: exercises without solutions, quizzes, pages of docs/, readable docstrings."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def _from_docs(page: str) -> str:
 def _lessons(module: str) -> str:
     """A module's topics with where each is taught, and its lessons in the order of the curriculum."""
     entries, written = curriculum.entries(module), curriculum.written(module)
-    rows = [f"| {entry.topic} | {entry.text} | {_anchor(entry.anchor)} |" for entry in entries]
+    rows = [
+        f"| {entry.topic} | {entry.text} | {_anchor(entry.anchor) if entry.is_written else 'to come'} |"
+        for entry in entries
+    ]
     table = "\n".join(["| topic | what | where |", "|---|---|---|", *rows])
     toctree = "\n".join(f"/{name}" for name in written)
     return f"{table}\n\n```{{toctree}}\n:hidden:\n\n{toctree}\n```" if written else table
@@ -130,13 +133,13 @@ class Quiz(SphinxDirective):
         parts: list[nodes.Node] = [_raw(opening), asked]
         if question.type == "choice":
             kind = "radio" if len(question.key) == 1 else "checkbox"
-            parts.append(_raw(f'<ul role="group" aria-labelledby="ask-{name}">'))
+            parts.append(_raw(f'<div role="group" aria-labelledby="ask-{name}"><ul>'))
             for index, choice in enumerate(question.choices):
                 words, messages = self.parse_inline(choice.text.strip())
                 box = f'<li><label><input type="{kind}" name="{name}" value="{index}"> <span>'
                 parts += [_raw(box), nodes.inline("", "", *words), *messages]
                 parts.append(_raw('</span></label><div class="why" hidden></div></li>'))
-            parts.append(_raw("</ul>"))
+            parts.append(_raw("</ul></div>"))
         else:
             hint = "three significant digits" if question.type == "number" else "your answer"
             mode = "decimal" if question.type == "number" else "text"
@@ -172,12 +175,17 @@ def _raw(markup: str) -> nodes.raw:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Docstrings: written to be read in an editor, with backticks and indented formulas; reStructuredText wants more
+# Docstrings are written for an editor, with backticks and indented formulas; reStructuredText wants more
 
 
 def readable_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Turn a docstring's single backticks into code and its indented formulas into literal blocks."""
     lines[:] = docstring(lines)
+
+
+def skip_tuple_fields(app: Sphinx, what: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
+    """The fields of a named tuple are described in its docstring; Python's own words for them say nothing."""
+    return True if type(value).__name__ == "_tuplegetter" else None
 
 
 def docstring(lines: list[str]) -> list[str]:
@@ -255,6 +263,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register everything."""
     app.connect("source-read", read_source)
     app.connect("autodoc-process-docstring", readable_docstring, priority=100)
+    app.connect("autodoc-skip-member", skip_tuple_fields)
     app.connect("html-page-context", load_what_a_page_needs)
     app.add_directive("quiz", Quiz)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

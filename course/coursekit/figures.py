@@ -1,7 +1,7 @@
 """Interactive figures: numbers from a lesson, drawn by a script of the site.
 
-A figure is a name (`_static/figures/NAME.js` draws it) and data, which the lesson computes. On the site the scripts
-are loaded once per page; in a notebook, which has no site, they come with the figure.
+A figure is a name (`_static/figures/NAME.js` draws it) and data, which the lesson computes. On the site the
+scripts are loaded once per page; in a notebook, which has no site, they come with the figure.
 """
 
 from __future__ import annotations
@@ -102,6 +102,6 @@ def plotly(picture: Any, *, label: str) -> Plotly:
         picture: A `plotly.graph_objects.Figure`.
         label: What it shows, in a sentence, for those who cannot see it.
     """
-    script: bool | str = False if "COURSE_SITE" in os.environ else True
-    markup = picture.to_html(full_html=False, include_plotlyjs=script, auto_play=False)
+    alone = "COURSE_SITE" not in os.environ
+    markup = picture.to_html(full_html=False, include_plotlyjs=alone, auto_play=False)
     return Plotly(f'<div role="img" aria-label="{html.escape(label)}">{markup}</div>')

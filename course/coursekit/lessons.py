@@ -1,8 +1,9 @@
 """A lesson's source and what is made of it: the page of the site, the student's notebook, one solution.
 
 A lesson is a MyST Markdown file. An exercise is a code cell with the option `:exercise: ID`; between
-`### BEGIN SOLUTION` and `### END SOLUTION` stands what the reader is to write. The page shows the cell without it
-(and, for practice, one solution behind a button), the notebook has it without, the tests run it with.
+`### BEGIN SOLUTION` and `### END SOLUTION` stands what the reader is to write. The page shows the cell
+without it (and, for practice, one solution behind a button), the notebook has it without, the tests run it
+with it.
 """
 
 from __future__ import annotations

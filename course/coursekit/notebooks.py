@@ -18,10 +18,7 @@ def notebook(name: str, *, solved: bool = False) -> jupytext.jupytext.NotebookNo
         solved: Keep the solutions, for tests that run it through.
     """
     text = lessons.source(name)
-    if solved:
-        text = lessons.solved(text)
-    else:
-        text = lessons.student(text)
+    text = lessons.solved(text) if solved else lessons.student(text)
     made = jupytext.reads(lessons.body(text), fmt="md:myst")
     made.metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},

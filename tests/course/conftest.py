@@ -1,4 +1,4 @@
-"""The course's own modules, importable; without the course (a source distribution has none) there is nothing to test."""
+"""The course's own modules, importable; a source distribution has no course, and then nothing is tested."""
 
 from __future__ import annotations
 

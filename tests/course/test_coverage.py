@@ -1,4 +1,4 @@
-"""The curriculum is covered: every topic, hands-on exercise and paper has its place, its questions, its check."""
+"""The curriculum is covered: every topic, hands-on exercise and paper has its place, questions, a check."""
 
 from __future__ import annotations
 

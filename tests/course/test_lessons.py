@@ -14,7 +14,7 @@ from coursekit import exercises, figures, grading, lessons, notebooks
 NAMES = lessons.names()
 CELLS = lessons.exercise_cells()
 CANARY = re.compile(r"canary-[0-9a-f]{8}")
-LONG = 72  # a line of a lesson, of code or prose
+COLUMNS = 84  # of code; the page shows no more without scrolling
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,6 +34,8 @@ def test_a_lesson_has_what_every_lesson_has(name):
         assert "mambakit" in code
     for cell in lessons.cells(text):
         ast.parse(cell.code)
+        wide = [line for line in cell.code.splitlines() if len(line) > COLUMNS]
+        assert not wide, wide
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,7 +66,7 @@ def test_a_notebook_has_no_markup_of_the_site(name):
 
 
 def test_a_notebook_that_is_handed_in_is_graded(tmp_path):
-    """The reference gets every point, the empty one none; what crashes or is missing loses its own points only."""
+    """The reference gets every point, the empty one none; what crashes or is broken loses its own only."""
     name = "m1/discretisation"
     solved = notebooks.notebook(name, solved=True)
     empty = notebooks.notebook(name)
@@ -96,7 +98,7 @@ def test_a_notebook_that_is_handed_in_is_graded(tmp_path):
 
 
 def test_figures_refuse_what_they_cannot_draw():
-    with pytest.raises(ValueError, match="no figure 'pie'.*discretisation"):
+    with pytest.raises(ValueError, match=r"no figure 'pie'.*discretisation"):
         figures.figure("pie", {}, label="", caption="")
     with pytest.raises(ValueError, match="not finite"):
         figures.figure("discretisation", {"x": [float("nan")]}, label="", caption="")

@@ -1,4 +1,4 @@
-"""The site: a lesson built and looked at on every run, all of it when asked for (`pytest -m slow tests/course`)."""
+"""The site: one lesson is built on every run, all of it when asked for (`pytest -m slow tests/course`)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Exercises: what a reader is to write, and the properties by which it is judged.
 
 A check is made of parts; each is a property or a comparison with something independent, takes the reader's
-function and a random generator, and says what is wrong by an assertion. Nothing in it is a copy of the answer, so
-it can be public; grading runs it with other seeds. Every exercise also lists wrong answers, and the tests of the
-course hold that its reference passes on several seeds while the empty cell and every wrong answer fail.
+function and a random generator, and says what is wrong by an assertion. Nothing in it is a copy of the
+answer, so it can be public; grading runs it with other seeds. Every exercise also lists wrong answers, and
+the tests of the course hold that its reference passes on several seeds while the empty cell and every wrong
+answer fail.
 """
 
 from __future__ import annotations
