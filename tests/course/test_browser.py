@@ -65,7 +65,7 @@ def test_a_page_fits_and_says_nothing(open_page, name, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-@pytest.mark.parametrize("name", lessons.names())
+@pytest.mark.parametrize("name", ["pictures", *lessons.names()])
 def test_every_figure_is_drawn_and_answers_the_keyboard(open_page, name):
     page = open_page(f"{name}.html")
     for figure in page.query_selector_all("figure.course-figure"):

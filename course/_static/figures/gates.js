@@ -29,7 +29,7 @@ CourseFigures.register("gates", function (root, data, tools) {
     const left = [];
     let share = 1;
     for (let t = at; t < data.tokens.length; t++) { if (t > at) share *= decay[t]; left.push(share); }
-    const rest = tools.plot(tools.canvas, { width: width, height: 130, x: x, y: [0, 1.05], title: "what is left of “" + data.tokens[at] + "” in the state, token by token" });
+    const rest = tools.plot(tools.canvas, { width: width, height: 130, x: x, y: [0, 1.05], title: "what is left of “" + data.tokens[at] + "”" });
     rest.bars(all.slice(at), left, "three", 0.7);
     tools.say("“" + data.tokens[at] + "”: Δ = " + tools.short(steps[at]) + "; at the end of the text " +
       (100 * left[left.length - 1]).toFixed(1) + "% of its contribution is left");

@@ -62,7 +62,7 @@
       shape("line", { x1: X(v), x2: X(v), y1: margin.top, y2: height - margin.bottom }, axes);
       shape("text", { x: X(v), y: height - margin.bottom + 15, "text-anchor": "middle" }, axes, short(v));
     }
-    for (const v of ticks(options.y[0], options.y[1], height / 55)) {
+    for (const v of ticks(options.y[0], options.y[1], height / 36)) {
       shape("line", { x1: margin.left, x2: width - margin.right, y1: Y(v), y2: Y(v) }, axes);
       shape("text", { x: margin.left - 6, y: Y(v) + 4, "text-anchor": "end" }, axes, short(v));
     }

@@ -49,7 +49,7 @@ CourseFigures.register("scan", function (root, data, tools) {
       }
     }
     const values = done ? rounds[done - 1].values : data.inputs;
-    if (step > 26) {
+    if (step > 44) {
       values.forEach((v, i) => tools.shape("text", { x: X(i), y: height - 8, "text-anchor": "middle" }, svg, tools.short(v)));
     }
     tools.say(done + " of " + rounds.length + " rounds for " + length + " tokens (a loop takes " + (length - 1) + "); " + work +
