@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from typing import Any
 
 from coursekit.exercises import check
 from coursekit.figures import figure, plotly
 from coursekit.lessons import BUDGET
+
+# Lessons compute in float64 on purpose, for which there are no kernels; saying so on every page helps nobody.
+warnings.filterwarnings("ignore", message=".*not using the cpu kernels.* not float64")
 
 __all__ = ["check", "figure", "finish", "glue", "plotly"]
 

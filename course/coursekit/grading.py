@@ -23,6 +23,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from coursekit import exercises, lessons, quizzes
 
 TIMEOUT = 300.0
@@ -210,9 +212,11 @@ def _mark(student: str, work: str, outcomes: list[exercises.Outcome]) -> Mark:
 
 def _grade_form(student: str, path: Path, secret: bytes) -> Mark:
     try:
-        module, _, right = quizzes.mark(path.read_text(encoding="utf-8"), secret)
-    except ValueError as error:
-        return Mark(student, path.name, 0, 0, [str(error)])
+        module, owner, right = quizzes.mark(path.read_text(encoding="utf-8"), secret)
+    except (ValueError, yaml.YAMLError) as error:
+        return Mark(student, path.name, 0, 0, [f"this is no quiz form: {error}"])
+    if owner != student:
+        return Mark(student, f"quiz {module}", 0, len(right), [f"this is the form of {owner}"])
     wrong = [f"{name}: not right" for name, passed in right.items() if not passed]
     return Mark(student, f"quiz {module}", sum(right.values()), len(right), wrong)
 

@@ -1,4 +1,4 @@
-"""Every page in a browser: no error, no request to another machine, nothing too wide, figures and quizzes alive.
+"""Every page in a browser: no error, no foreign request, nothing too wide, figures and quizzes alive.
 
 Needs the site (`mambakit course build`), playwright and a Chromium on this machine; `pytest -m slow` runs it.
 """
@@ -105,7 +105,9 @@ def with_values(item):
 def answer(form, question: quizzes.Question, right: bool) -> None:
     """Fill a form in."""
     if question.type == "choice":
-        wanted = question.key if right else [i for i in range(len(question.choices)) if i not in question.key][:1]
+        wanted = (
+            question.key if right else [i for i in range(len(question.choices)) if i not in question.key][:1]
+        )
         for index, box in enumerate(form.query_selector_all("input")):
             if box.get_attribute("type") == "checkbox":
                 box.set_checked(index in wanted)
@@ -122,7 +124,9 @@ def test_a_page_is_accessible(open_page, name):
     """axe-core finds nothing serious in what is ours; where axe-playwright-python is installed."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = open_page(name)
-    found = axe.run(page, context={"include": [["#main-content"]]}, options={"preload": False}).response["violations"]
+    found = axe.run(page, context={"include": [["#main-content"]]}, options={"preload": False}).response[
+        "violations"
+    ]
     serious = {
         violation["id"]: [node["target"] for node in violation["nodes"]][:3]
         for violation in found

@@ -57,3 +57,16 @@ def test_numbers_are_rounded_as_javascript_does():
         "-1.23e-4",
         "6.02e+23",
     ]
+
+
+def test_a_form_of_somebody_else_scores_nothing(tmp_path):
+    from coursekit import grading
+
+    questions = quizzes.personal("m1", "ada", SECRET)
+    filled = {"quiz": "m1", "student": "ada", "answers": {q.id: as_written(q.key) for q in questions}}
+    for student in ("ada", "bob"):
+        (tmp_path / student).mkdir()
+        (tmp_path / student / "m1.quiz.yaml").write_text(yaml.safe_dump(filled))
+    ada, bob = grading.grade(tmp_path, seed=0, secret=SECRET)
+    assert (ada.reached, bob.reached, bob.possible) == (len(questions), 0, len(questions))
+    assert bob.details == ["this is the form of ada"]

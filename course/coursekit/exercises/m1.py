@@ -185,3 +185,165 @@ def bilinear(dt, A, B):
     return Abar, torch.linalg.solve(A, (Abar - torch.eye(len(B), dtype=A.dtype)) @ B)
 """,
 )
+
+# ---------------------------------------------------------------------------------------------------------
+# Convolution
+
+kernel = Exercise("m1-kernel", "kernel", "The kernel of a diagonal system by doubling", stars=2, minutes=15)
+
+
+def _system(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Discrete diagonal systems `(d, n)` whose modes lie inside the circle."""
+    d, n = 3, 4
+    size, angle = torch.rand(2, d, n, generator=rng, dtype=torch.float64)
+    Abar = torch.polar(0.7 + 0.29 * size, 3 * angle)
+    return Abar, *torch.randn(2, d, n, generator=rng, dtype=torch.complex128)
+
+
+def _impulse_response(Abar, Bbar, C, length: int) -> torch.Tensor:
+    """The kernel by its meaning: what the loop answers to a one and zeros."""
+    h, answer = Bbar, []
+    for _ in range(length):
+        answer.append(2 * (C * h).real.sum(-1))
+        h = Abar * h
+    return torch.stack(answer, dim=-1)
+
+
+@kernel.part("is the answer of the recurrence to an impulse", points=2)
+def _(kernel, rng):
+    system = _system(rng)
+    for length in (1, 2, 33, 64):
+        close(
+            kernel(*system, length),
+            _impulse_response(*system, length),
+            f"the kernel of length {length}",
+            1e-10,
+        )
+
+
+@kernel.part("a longer kernel begins with the shorter one")
+def _(kernel, rng):
+    system = _system(rng)
+    close(kernel(*system, 45)[:, :20], kernel(*system, 20), "the first 20 of 45 entries", 1e-12)
+    assert kernel(*system, 45).shape == (3, 45), "a kernel of length 45 has another length"
+
+
+kernel.wrong(
+    "one power too late",
+    """
+import torch
+def kernel(Abar, Bbar, C, length):
+    powers = Abar[..., None] ** torch.arange(1, length + 1)
+    return 2 * ((C * Bbar)[..., None] * powers).sum(1).real
+""",
+)
+kernel.wrong(
+    "the conjugates forgotten",
+    """
+import torch
+def kernel(Abar, Bbar, C, length):
+    powers = Abar[..., None] ** torch.arange(length)
+    return ((C * Bbar)[..., None] * powers).sum(1).real
+""",
+)
+kernel.wrong(
+    "powers of two only",
+    """
+import torch
+def kernel(Abar, Bbar, C, length):
+    columns, power = Bbar[..., None], Abar
+    while columns.shape[-1] < length:
+        columns = torch.cat([columns, power[..., None] * columns], dim=-1)
+        power = power * power
+    return 2 * (C[..., None] * columns).sum(1).real
+""",
+)
+
+fft_conv = Exercise(
+    "m1-fft-conv", "causal_conv", "A causal convolution by FFT", stars=2, minutes=20, graded=True
+)
+
+
+def _signals(rng: torch.Generator, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    u = torch.randn(2, 37, 3, generator=rng, dtype=torch.float64)
+    return u, torch.randn(3, width, generator=rng, dtype=torch.float64)
+
+
+def _summed(u: torch.Tensor, K: torch.Tensor) -> torch.Tensor:
+    """The definition, term by term."""
+    y = torch.zeros_like(u)
+    for t in range(u.shape[1]):
+        for s in range(min(t + 1, K.shape[1])):
+            y[:, t] += K[:, s] * u[:, t - s]
+    return y
+
+
+@fft_conv.part("equals the sum that defines it", points=2)
+def _(causal_conv, rng):
+    u, K = _signals(rng, 37)
+    close(causal_conv(u, K), _summed(u, K), "y", 1e-9)
+
+
+@fft_conv.part("takes kernels shorter and longer than the sequence", points=1)
+def _(causal_conv, rng):
+    for width in (1, 5, 50):
+        u, K = _signals(rng, width)
+        close(causal_conv(u, K), _summed(u, K), f"y with a kernel of {width}", 1e-9)
+
+
+@fft_conv.part("sees no future: a changed input changes no earlier output", points=1)
+def _(causal_conv, rng):
+    u, K = _signals(rng, 37)
+    changed = u.clone()
+    changed[:, 30:] += 5
+    close(causal_conv(changed, K)[:, :30], causal_conv(u, K)[:, :30], "the outputs before the change", 1e-9)
+
+
+@fft_conv.part("a later input gives the same output later", points=1)
+def _(causal_conv, rng):
+    u, K = _signals(rng, 37)
+    late = torch.cat([torch.zeros_like(u[:, :6]), u[:, :-6]], dim=1)
+    close(causal_conv(late, K)[:, 6:], causal_conv(u, K)[:, :-6], "the output of the later input", 1e-9)
+
+
+fft_conv.wrong(
+    "on a circle: no zeros behind the sequence",
+    """
+import torch
+def causal_conv(u, K):
+    n = u.shape[1]
+    spectrum = torch.fft.rfft(u, n=n, dim=1) * torch.fft.rfft(K.T, n=n, dim=0)
+    return torch.fft.irfft(spectrum, n=n, dim=1)
+""",
+)
+fft_conv.wrong(
+    "a correlation",
+    """
+import torch
+def causal_conv(u, K):
+    n = u.shape[1] + K.shape[1]
+    spectrum = torch.fft.rfft(u, n=n, dim=1) * torch.fft.rfft(K.flip(-1).T, n=n, dim=0)
+    return torch.fft.irfft(spectrum, n=n, dim=1)[:, : u.shape[1]]
+""",
+)
+fft_conv.wrong(
+    "a sum that begins one token late",
+    """
+import torch
+def causal_conv(u, K):
+    n = u.shape[1] + K.shape[1]
+    spectrum = torch.fft.rfft(u, n=n, dim=1) * torch.fft.rfft(K.T, n=n, dim=0)
+    return torch.fft.irfft(spectrum, n=n, dim=1)[:, 1 : u.shape[1] + 1]
+""",
+)
+fft_conv.wrong(
+    "a kernel scaled by the position",
+    """
+import torch
+def causal_conv(u, K):
+    n = u.shape[1] + K.shape[1]
+    scale = torch.arange(1, u.shape[1] + 1)[None, :, None] / u.shape[1]
+    spectrum = torch.fft.rfft(scale * u, n=n, dim=1) * torch.fft.rfft(K.T, n=n, dim=0)
+    return torch.fft.irfft(spectrum, n=n, dim=1)[:, : u.shape[1]]
+""",
+)
