@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coursekit.exercises import Exercise, close
 
@@ -345,5 +346,202 @@ def causal_conv(u, K):
     scale = torch.arange(1, u.shape[1] + 1)[None, :, None] / u.shape[1]
     spectrum = torch.fft.rfft(scale * u, n=n, dim=1) * torch.fft.rfft(K.T, n=n, dim=0)
     return torch.fft.irfft(spectrum, n=n, dim=1)[:, : u.shape[1]]
+""",
+)
+
+# ---------------------------------------------------------------------------------------------------------
+# The scan from scratch
+
+selective_scan = Exercise(
+    "m1-selective-scan", "selective_scan", "Mamba's scan, with a beginning", stars=1, minutes=15
+)
+
+
+def _tokens(rng: torch.Generator, length: int = 21) -> tuple[torch.Tensor, ...]:
+    b, d, n = 2, 3, 4
+    x = torch.randn(b, length, d, generator=rng, dtype=torch.float64)
+    dt = torch.rand(b, length, d, generator=rng, dtype=torch.float64)
+    A = -torch.rand(d, n, generator=rng, dtype=torch.float64) - 0.1
+    B, C = torch.randn(2, b, length, n, generator=rng, dtype=torch.float64)
+    return x, dt, A, B, C, torch.randn(b, d, n, generator=rng, dtype=torch.float64)
+
+
+def _unrolled(x, dt, A, B, C, h):
+    """The outputs as sums over all earlier tokens: no recurrence anywhere."""
+    passed = dt.cumsum(1)  # (b, l, d)
+    y = torch.einsum("bln,bldn,bdn->bld", C, torch.exp(passed[..., None] * A), h)
+    for t in range(x.shape[1]):
+        for s in range(t + 1):
+            fade = torch.exp((passed[:, t] - passed[:, s])[..., None] * A)  # (b, d, n)
+            y[:, t] += torch.einsum("bn,bdn,bn,bd->bd", C[:, t], fade, B[:, s], dt[:, s] * x[:, s])
+    return y
+
+
+@selective_scan.part("equals the sum over all earlier tokens", points=2)
+def _(selective_scan, rng):
+    inputs = _tokens(rng)
+    close(selective_scan(*inputs)[0], _unrolled(*inputs), "y", 1e-10)
+
+
+@selective_scan.part("two halves with the state carried over are the whole")
+def _(selective_scan, rng):
+    x, dt, A, B, C, h = _tokens(rng)
+    y, last = selective_scan(x, dt, A, B, C, h)
+    first, middle = selective_scan(x[:, :9], dt[:, :9], A, B[:, :9], C[:, :9], h)
+    second, end = selective_scan(x[:, 9:], dt[:, 9:], A, B[:, 9:], C[:, 9:], middle)
+    close(torch.cat([first, second], dim=1), y, "the outputs of the halves", 1e-10)
+    close(end, last, "the state after the second half", 1e-10)
+
+
+@selective_scan.part("a step of zero changes no state")
+def _(selective_scan, rng):
+    x, dt, A, B, C, h = _tokens(rng)
+    close(selective_scan(x, 0 * dt, A, B, C, h)[1], h, "the state after tokens with dt = 0", 1e-12)
+
+
+selective_scan.wrong(
+    "the step left out of the input",
+    """
+import torch
+def selective_scan(x, dt, A, B, C, h):
+    y = []
+    for t in range(x.shape[1]):
+        h = torch.exp(dt[:, t, :, None] * A) * h + x[:, t, :, None] * B[:, t, None]
+        y.append((h * C[:, t, None]).sum(-1))
+    return torch.stack(y, dim=1), h
+""",
+)
+selective_scan.wrong(
+    "the state before forgotten",
+    """
+import torch
+def selective_scan(x, dt, A, B, C, h):
+    h, y = torch.zeros_like(h), []
+    for t in range(x.shape[1]):
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * x[:, t])[..., None] * B[:, t, None]
+        y.append((h * C[:, t, None]).sum(-1))
+    return torch.stack(y, dim=1), h
+""",
+)
+selective_scan.wrong(
+    "read before the token is written",
+    """
+import torch
+def selective_scan(x, dt, A, B, C, h):
+    y = []
+    for t in range(x.shape[1]):
+        y.append((h * C[:, t, None]).sum(-1))
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * x[:, t])[..., None] * B[:, t, None]
+    return torch.stack(y, dim=1), h
+""",
+)
+
+parallel_scan = Exercise(
+    "m1-parallel-scan", "parallel_scan", "A scan in rounds", stars=3, minutes=40, graded=True
+)
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the operations that PyTorch executes."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _looped(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    h, states = torch.zeros_like(b[:, 0]), []
+    for t in range(b.shape[1]):
+        h = a[:, t] * h + b[:, t]
+        states.append(h)
+    return torch.stack(states, dim=1)
+
+
+def _steps(rng: torch.Generator, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    a = 2 * torch.rand(2, length, 3, generator=rng, dtype=torch.float64) - 1
+    return a, torch.randn(2, length, 3, generator=rng, dtype=torch.float64)
+
+
+@parallel_scan.part("equals the loop, for lengths that are no powers of two, too", points=2)
+def _(parallel_scan, rng):
+    for length in (1, 2, 7, 64, 100):
+        a, b = _steps(rng, length)
+        close(parallel_scan(a, b), _looped(a, b), f"the states of {length} tokens", 1e-10)
+
+
+@parallel_scan.part("a decay of zero forgets")
+def _(parallel_scan, rng):
+    a, b = _steps(rng, 50)
+    a[:, 20] = 0
+    close(parallel_scan(a, b)[:, 20:], _looped(a[:, 20:], b[:, 20:]), "the states after the zero", 1e-10)
+
+
+@parallel_scan.part("the number of operations grows with the logarithm of the length", points=2)
+def _(parallel_scan, rng):
+    counts = []
+    for length in (256, 4096):
+        with _Counted() as counted:
+            parallel_scan(*_steps(rng, length))
+        counts.append(counted.calls)
+    more = counts[1] - counts[0]
+    assert more <= 120, f"{counts[0]} operations for 256 tokens, {counts[1]} for 4,096: this is no logarithm"
+
+
+@parallel_scan.part("leaves its inputs as they were")
+def _(parallel_scan, rng):
+    a, b = _steps(rng, 40)
+    kept = a.clone(), b.clone()
+    parallel_scan(a, b)
+    close(a, kept[0], "a after the call", 0.0)
+    close(b, kept[1], "b after the call", 0.0)
+
+
+parallel_scan.wrong(
+    "the loop",
+    """
+import torch
+def parallel_scan(a, b):
+    h, states = torch.zeros_like(b[:, 0]), []
+    for t in range(b.shape[1]):
+        h = a[:, t] * h + b[:, t]
+        states.append(h)
+    return torch.stack(states, dim=1)
+""",
+)
+parallel_scan.wrong(
+    "division by the product of the decays",
+    """
+import torch
+def parallel_scan(a, b):
+    product = a.cumprod(1)
+    return product * (b / product).cumsum(1)
+""",
+)
+parallel_scan.wrong(
+    "the decays not combined",
+    """
+import torch
+def parallel_scan(a, b):
+    reach = 1
+    while reach < b.shape[1]:
+        b = torch.cat([b[:, :reach], b[:, reach:] + a[:, reach:] * b[:, :-reach]], dim=1)
+        reach *= 2
+    return b
+""",
+)
+parallel_scan.wrong(
+    "in place",
+    """
+import torch
+def parallel_scan(a, b):
+    reach = 1
+    while reach < b.shape[1]:
+        later, decay = a[:, reach:] * b[:, :-reach], a[:, reach:] * a[:, :-reach]
+        b[:, reach:] += later
+        a[:, reach:] = decay
+        reach *= 2
+    return b
 """,
 )
