@@ -11,6 +11,14 @@ from mambakit.testing import timing
 
 Row = Sequence[str]
 
+SECTIONS = {
+    "operators": "Operators",
+    "modules": "Modules",
+    "models": "Models",
+    "compat": "transformers' models, with and without our kernels",
+}
+"""Suite -> title of its table; `scaling` has plots of its own."""
+
 
 def render(folder: Path) -> Path:
     """Write the report of a folder.
@@ -23,7 +31,7 @@ def render(folder: Path) -> Path:
     """
     lines = read(folder)
     parts = [_head(lines), _peers(lines)]
-    for suite, title in (("operators", "Operators"), ("modules", "Modules"), ("models", "Models")):
+    for suite, title in SECTIONS.items():
         if mine := [line for line in lines if line["suite"] == suite]:
             parts += [f"## {title}", _results(mine)]
             if suite == "models":

@@ -39,9 +39,22 @@ SHORT = [
     "model.pattern=M",
     "model.mixers.M={type: mamba2, d_state: 4, headdim: 8}",
 ]
+SHORTENED = {"train": SHORT, "finetune": ["train.steps=2", "train.batch_size=2", "train.tensorboard=false"]}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/using.md", "docs/decoding.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/using.md",
+        "docs/decoding.md",
+        "docs/generation.md",
+        "docs/conversations.md",
+        "docs/finetuning.md",
+        "docs/evaluation.md",
+        "docs/export.md",
+    ],
+)
 def test_what_a_page_shows_runs_in_its_order(page, tmp_path, monkeypatch, capsys):
     """Its commands, its recipes and its Python, in one folder; `print(x)  # this` promises its output."""
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -62,7 +75,7 @@ def test_what_a_page_shows_runs_in_its_order(page, tmp_path, monkeypatch, capsys
                 # Installing and testing is what .ci/run does.
                 if line.startswith("mambakit "):
                     words = shlex.split(line)[1:]
-                    code = main([*words, *(SHORT if words[0] == "train" else [])])
+                    code = main([*words, *SHORTENED.get(words[0], [])])
                     assert code == 0, f"{line}\n{capsys.readouterr().err}"
     assert {"bash", "python"} <= ran
 

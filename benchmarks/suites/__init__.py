@@ -13,7 +13,7 @@ from mambakit.ops.dispatch import registry
 if TYPE_CHECKING:
     from benchmarks.runner import Bench, Case
 
-NAMES = ("operators", "modules", "models", "scaling")
+NAMES = ("operators", "modules", "models", "scaling", "compat")
 
 OURS = "mambakit"
 """How the names of our own variants begin."""

@@ -117,8 +117,8 @@ def cases(bench: Bench) -> Iterator[Case]:
 
 
 @functools.lru_cache(maxsize=1)
-def _model(kind: str, size: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    """One model at a time is kept from case to case."""
+def random_model(kind: str, size: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """A language model of ours with random weights; one at a time is kept from case to case."""
     shape = {"vocabulary": VOCABULARY, **SIZES[size]}
     mixer = {"mamba1": Mamba1Config, "mamba2": Mamba2Config}[kind]
     small = {"toy": {"mamba1": {"d_state": 4}, "mamba2": {"d_state": 8, "headdim": 8}}}
@@ -136,7 +136,7 @@ def _model(kind: str, size: str, dtype: torch.dtype, device: torch.device) -> La
 
 
 def _open(bench: Bench, work: Work, kind: str) -> Opened:
-    model = _model(kind, work.size, work.dtype, bench.device)
+    model = random_model(kind, work.size, work.dtype, bench.device)
     tokens = torch.randint(model.config.vocab_size, (work.batch, work.length + 1), device=bench.device)
     decoders = _decoders(model) if work.verb == "write" else {}
     variants: dict[str, Callable[[], Ready]] = {

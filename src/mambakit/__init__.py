@@ -10,7 +10,19 @@ The names that most programs need. Importing them needs torch, numpy and safeten
 
 from mambakit import layers, models, ops
 from mambakit.config import Config, ConfigError
-from mambakit.generation import DecodeEngine, RecordedDecoder, Sampling, generate, stream, stream_text
+from mambakit.generation import (
+    Conversation,
+    DecodeEngine,
+    RecordedDecoder,
+    Sampling,
+    beam_search,
+    generate,
+    generate_text,
+    speculate,
+    stream,
+    stream_reply,
+    stream_text,
+)
 from mambakit.layers import (
     S4,
     S4D,
@@ -50,6 +62,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Context",
+    "Conversation",
     "DecodeEngine",
     "GatedMLP",
     "GatedMLPConfig",
@@ -71,13 +84,17 @@ __all__ = [
     "SequenceClassifierConfig",
     "State",
     "__version__",
+    "beam_search",
     "generate",
+    "generate_text",
     "layers",
     "load",
     "models",
     "ops",
     "pattern",
     "save",
+    "speculate",
     "stream",
+    "stream_reply",
     "stream_text",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from mambakit.config import ConfigError, to_dict
@@ -12,13 +14,31 @@ RECIPES = {recipe.name: recipe for recipe in list_recipes()}
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_makes_a_model_that_suits_its_data(name):
+def test_every_recipe_is_a_run(name):
     config = load_recipe(name)
     assert config.recipe == name
     assert RECIPES[name].about is not None
+    assert TrainConfig.from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if load_recipe(name).finetune is None])
+def test_every_recipe_makes_a_model_that_suits_its_data(name):
+    config = load_recipe(name)
     model = config.task.build_model(config.model, config.data)
     assert sum(p.numel() for p in model.parameters()) > 1000
-    assert TrainConfig.from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if load_recipe(name).finetune is not None])
+def test_a_fine_tuning_recipe_names_what_the_model_has(name):
+    """Its settings of the model, laid over a small language model's."""
+    config = load_recipe(name)
+    words = [
+        f"model.{key}={value}" for key, value in (("d_model", 16), ("pattern", "'-'"), ("vocab_size", 99))
+    ]
+    changed = load_recipe(name, words)
+    data = dataclasses.replace(config.data, vocabulary="subwords", vocabulary_size=99)
+    model = config.task.build_model(changed.model, data)
+    assert model.backbone.config.dropout == config.model.get("dropout", 0.0)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -23,6 +23,8 @@ from mambakit.training import load_run, load_tokenizer
 
 PROGRAM = [sys.executable, "-m", "mambakit"]
 
+VERBS = ("train", "finetune", "generate", "eval", "evaluate", "recipes", "doctor", "bench")
+
 
 def narrow(shown: str) -> bool:
     return all(len(line) <= 80 for line in shown.splitlines())
@@ -145,7 +147,7 @@ def test_version_and_help(cli):
     for words in (
         [],
         ["--help"],
-        *([verb, "--help"] for verb in ("train", "generate", "eval", "recipes", "doctor", "bench")),
+        *([verb, "--help"] for verb in VERBS),
     ):
         code, shown, said = cli(*words)
         assert (code, said) == (0, "")

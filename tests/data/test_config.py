@@ -13,8 +13,10 @@ from mambakit.data import DataConfig, ShakespeareConfig, Stream, write_shards
 from mambakit.data.samples import IGNORED
 
 TYPES = (
+    "documents",
     "fashion-mnist",
     "induction-heads",
+    "labelled-text",
     "mnist",
     "modular-arithmetic",
     "mqar",
@@ -24,6 +26,12 @@ TYPES = (
     "text",
     "tokens",
 )
+REQUIRED = {
+    "documents": {"files": ["a.txt"]},
+    "labelled-text": {"train_file": "a", "validation_file": "b", "classes": ["x", "y"]},
+    "text": {"path": "x"},
+    "tokens": {"path": "x"},
+}
 GENERATED = {
     "shakespeare": {"length": 50},
     "selective-copying": {"length": 40, "n_data": 5, "evaluation_lengths": [20]},
@@ -34,12 +42,15 @@ GENERATED = {
 }
 
 
-@pytest.fixture(params=[*GENERATED, "text", "tokens"])
+@pytest.fixture(params=[*GENERATED, "documents", "text", "tokens"])
 def plain(request, tmp_path) -> dict:
     """Plain data of a config whose data are at hand."""
     if request.param == "text":
         (tmp_path / "a.txt").write_text(" ".join(map(str, range(500))))
         return {"type": "text", "path": str(tmp_path / "a.txt"), "length": 10}
+    if request.param == "documents":
+        (tmp_path / "a.txt").write_text(" ".join(map(str, range(500))))
+        return {"type": "documents", "files": [str(tmp_path / "a.txt")], "vocabulary": "bytes", "length": 10}
     if request.param == "tokens":
         write_shards([range(400), range(9)], tmp_path / "train", vocab_size=400)
         write_shards([range(300, 0, -1), range(9)], tmp_path / "validation", vocab_size=400)
@@ -53,7 +64,7 @@ def test_the_family_is_complete():
 
 @pytest.mark.parametrize("name", TYPES)
 def test_every_type_is_found_and_survives_plain_data(name):
-    required = {"path": "x"} if name in ("text", "tokens") else {}
+    required = REQUIRED.get(name, {})
     config = DataConfig.from_dict({"type": name, **required})
     assert type(config) is DataConfig.members[name]
     assert DataConfig.from_dict(to_dict(config)) == config

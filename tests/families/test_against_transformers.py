@@ -39,6 +39,16 @@ NEMOTRON = {
     **{"mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 6, "time_step_min": 1e-30},
     **{"n_routed_experts": 6, "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40},
 }
+SHARED = {**SMALL, "num_hidden_layers": 6, "intermediate_size": 48, "num_attention_heads": 4}
+ZAMBA = {
+    **{**SHARED, "num_key_value_heads": 2, "mamba_d_state": 5, "mamba_dt_rank": 3},
+    **{"layers_block_type": [*(2 * ["linear_attention", "hybrid"]), "hybrid", "linear_attention"]},
+}
+ZAMBA2 = {
+    **{**SHARED, "n_mamba_heads": 8, "mamba_ngroups": 2, "mamba_d_state": 6, "num_mem_blocks": 2},
+    **{"adapter_rank": 3, "time_step_min": 1e-30},  # their lower limit of a step, in prefill only
+    **{"layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid", "hybrid"]},
+}
 TINY = {
     "mamba": ("Mamba", {**SMALL, "state_size": 5}),
     "mamba-biases-untied": ("Mamba", {**SMALL, "use_bias": True, "tie_word_embeddings": False, "expand": 3}),
@@ -55,6 +65,21 @@ TINY = {
         },
     ),
     "jamba-dense": ("Jamba", {**HYBRID, "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1}),
+    "zamba": ("Zamba", ZAMBA),
+    "zamba-one-head-biases": (
+        "Zamba",
+        {
+            **{k: v for k, v in ZAMBA.items() if k != "layers_block_type"},
+            **{"n_mamba_heads": 1, "attn_layer_period": 2},
+            **{"attn_layer_offset": 1, "mamba_proj_bias": True},
+        },
+    ),
+    "zamba2": ("Zamba2", ZAMBA2),
+    "zamba2-adapters-rope": (
+        "Zamba2",
+        {**ZAMBA2, "use_shared_attention_adapter": True, "use_mem_rope": True, "num_mem_blocks": 3},
+    ),
+    "zamba2-biases-one-block": ("Zamba2", {**ZAMBA2, "num_mem_blocks": 1, "add_bias_linear": True}),
     "bamba": ("Bamba", {**HYBRID2, "attn_layer_indices": [1]}),
     "bamba-biases-tied": (
         "Bamba",

@@ -18,6 +18,7 @@ CONFIGS = {
     "rope": AttentionConfig(n_heads=4, n_kv_heads=2),
     "partial": AttentionConfig(n_heads=4, n_kv_heads=1, rope_fraction=0.5, rope_interleaved=True),
     "window": AttentionConfig(n_heads=2, head_dim=6, window=4),
+    "conv": AttentionConfig(n_heads=4, n_kv_heads=2, d_conv=3),
     "biased": AttentionConfig(n_heads=2, qkv_bias=True, out_bias=True, scale=0.5, rope=500.0),
 }
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mambakit.config import ConfigError, to_dict
 from mambakit.layers.mixer import Context, MixerConfig
-from mambakit.layers.mlp import GatedMLP, GatedMLPConfig
+from mambakit.layers.mlp import GatedMLP, GatedMLPConfig, MLPConfig
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,20 @@ def test_formula(activation, function):
     gate = x @ mlp.in_proj.weight[5:].T + mlp.in_proj.bias[5:]
     expected = (value * function(gate)) @ mlp.out_proj.weight.T + mlp.out_proj.bias
     torch.testing.assert_close(mlp(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("activation", "function"), [("relu2", lambda x: x.clamp(min=0) ** 2), ("gelu", F.gelu)]
+)
+def test_formula_without_a_gate(activation, function):
+    mlp = MLPConfig(d_hidden=5, activation=activation, bias=True, out_scale=0.5).build(6, dtype=torch.float64)
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    hidden = function(x @ mlp.in_proj.weight.T + mlp.in_proj.bias)
+    torch.testing.assert_close(mlp(x), 0.5 * (hidden @ mlp.out_proj.weight.T + mlp.out_proj.bias))
+    with pytest.raises(ValueError, match="gate_scale=2, expected 1"):
+        MLPConfig(gate_scale=2)
 
 
 def test_sizes():

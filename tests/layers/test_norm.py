@@ -57,3 +57,12 @@ def test_names_and_reset():
 def test_groups_that_do_not_fit():
     with pytest.raises(ValueError, match="group_size=3, expected a divisor of the 8 channels"):
         GatedRMSNorm(8, group_size=3)
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+def test_a_sum_and_its_norm(kind):
+    layer = randomised(kind(8, dtype=torch.float64))
+    x, stream = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
+    normed, total = layer.add(x, stream)
+    torch.testing.assert_close(total, x + stream, rtol=0, atol=1e-15)
+    torch.testing.assert_close(normed, layer(x + stream), rtol=0, atol=1e-12)

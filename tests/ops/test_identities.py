@@ -140,7 +140,7 @@ def trapezoidal_inputs():
     }
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["ssd", "reference"])
 def test_trapezoidal_at_the_right_end_without_rotation_is_ssd(ssd_inputs, backend):
     """All weight on this token (`sigmoid(100)` is 1), no turn, one rank: Mamba-2's rule."""
     x, dt, A, B, C = ssd_inputs.values()

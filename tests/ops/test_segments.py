@@ -7,6 +7,7 @@ import torch
 
 from mambakit import ops
 from mambakit.ops import segments
+from mambakit.ops.selective_scan import cuda
 from mambakit.testing.emulation import NO_INTERPRETER
 from mambakit.testing.samples import CASES, Draw
 
@@ -81,13 +82,34 @@ def test_a_split_sequence_overwrites_its_state(op, device, monkeypatch):
 def test_long_sequences_are_cut_by_themselves():
     case = next(c for c in CASES if str(c) == "selective_scan-long-slow")
     length = case.build(Draw(torch.float32))["x"].shape[1]
-    assert segments.division(length, 8, blocks=1, slots=12)[1] > 1
+    assert segments.division(length, 8, blocks=1, processors=3, most=4)[1] > 1
 
 
 def test_a_sequence_is_cut_where_rows_and_channels_fill_no_gpu():
-    assert segments.division(2048, 16, blocks=512, slots=528) == (2048, 1)
-    assert segments.division(65536, 16, blocks=24, slots=528) == (2992, 22)  # one full round
-    assert segments.division(500, 16, blocks=1, slots=528) == (512, 1)  # too short to cut
-    segment, count = segments.division(10_000, 64, blocks=3, slots=100)
+    gpu = {"processors": 132, "most": 4}
+    assert segments.division(2048, 16, blocks=512, **gpu) == (2048, 1)
+    assert segments.division(65536, 16, blocks=24, **gpu) == (2992, 22)  # one full round
+    assert segments.division(500, 16, blocks=1, **gpu) == (512, 1)  # too short to cut
+    segment, count = segments.division(10_000, 64, blocks=3, processors=25, most=4)
     assert segment % 64 == 0
     assert (count - 1) * segment < 10_000 <= count * segment
+
+
+@pytest.mark.parametrize(
+    ("kernel", "batch", "channels", "length", "wanted"),
+    [
+        ("forward", 8, 1536, 2048, 1),  # 300 us whole, 369 in two
+        ("backward", 8, 1536, 2048, 2),  # 1,144 us whole, 883 in two
+        ("forward", 4, 4096, 2048, 1),  # 300 us whole, 468 in two
+        ("backward", 4, 4096, 2048, 2),  # 1,128 us whole, 1,098 in two
+        ("forward", 4, 1536, 2048, 5),  # 219 us whole, 281 in two, 189 in four, 234 in six
+        ("backward", 4, 1536, 2048, 5),  # 906, 708, 447, 552 us
+        ("forward", 2, 1536, 2048, 8),  # 219, 215 (two), 145 (four), 100 us (eight)
+        ("backward", 8, 4096, 2048, 1),
+        ("forward", 1, 1536, 2**20, 22),
+    ],
+)
+def test_the_scan_is_cut_as_an_h200_wants(kernel, batch, channels, length, wanted):
+    blocks, most = batch * channels // 64, cuda.BLOCKS_PER_PROCESSOR[kernel]
+    found = segments.division(length, 16, blocks, 132, most, *cuda.PACES[kernel])
+    assert found[1] == wanted

@@ -232,3 +232,17 @@ def test_one_token_of_a_large_model(threads):
     assert final.data_ptr() == address
     assert error(y, exact[0]) < 1e-6
     assert error(state, exact[1]) < 1e-6
+
+
+def test_decays_given_are_those_of_step_sizes_and_rates():
+    """Without `A`: the same recurrence with `dt A` and `dt x` made beforehand; step sizes have no say."""
+    inputs = {k: v.detach() for k, v in draw(dtype=torch.float64).items()}
+    y, final = ops.ssd(**inputs)
+    u, steps = inputs["x"] * inputs["dt"].unsqueeze(-1), inputs["dt"] * inputs["A"]
+    skip = 0.0 if inputs.get("D") is None else inputs["D"].view(*inputs["D"].shape[:1], -1) * inputs["x"]
+    given = {k: v for k, v in inputs.items() if k != "D"} | {"x": u, "dt": steps, "A": None}
+    y2, final2 = ops.ssd(**given)
+    torch.testing.assert_close(y2 + skip, y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(final2, final, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="without A, dt is no step size"):
+        ops.ssd(**given, dt_softplus=True)

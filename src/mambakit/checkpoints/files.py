@@ -7,6 +7,7 @@ which makes tensors and runs nothing.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
@@ -27,6 +28,12 @@ from mambakit.config import ConfigError, unknown
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+MEGATRON = ("mp_rank_00/model_optim_rng.pt", "release/mp_rank_00/model_optim_rng.pt")
+"""Where Megatron-LM keeps the weights of a model that was not split."""
+UNNAMED = {"model_type": "mamba2_hybrid"}
+"""What is said of such a model, whose folder has no `config.json`: the published ones are of this kind."""
+MODEL, EXTRA = "model", "_extra_state"
+"""The key under which some files of PyTorch's old form hold the tensors, and what they hold beside them."""
 SHARD_BYTES = 5_000_000_000
 _DAMAGE = (
     *(SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError),
@@ -140,17 +147,25 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read a checkpoint's `config.json`.
 
-    Infinity may be written bare, as Python does, or as `{"__float__": "Infinity"}`.
+    Infinity may be written bare, as Python does, or as `{"__float__": "Infinity"}`. A checkpoint of
+    Megatron-LM may have no such file, and is taken for the published hybrid then.
 
     Raises:
         CheckpointError: A file that is missing or holds no JSON object.
     """
+    if not (folder / CONFIG).is_file() and is_megatron(folder):
+        return dict(UNNAMED)
     config = _read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{folder / CONFIG} holds a {type(config).__name__}, expected an object with settings"
         )
     return config
+
+
+def is_megatron(folder: Path) -> bool:
+    """Whether a folder holds weights as Megatron-LM writes them."""
+    return any((folder / name).is_file() for name in MEGATRON)
 
 
 def write_checkpoint(
@@ -160,6 +175,7 @@ def write_checkpoint(
     *,
     shard_bytes: int = SHARD_BYTES,
     pickled: bool = False,
+    wrapped: bool = False,
 ) -> None:
     """Write a checkpoint folder in safetensors, in one file or in shards with an index.
 
@@ -172,6 +188,7 @@ def write_checkpoint(
         tensors: Names and tensors; each is asked for once.
         shard_bytes: No file becomes larger, unless one tensor is.
         pickled: Write one `pytorch_model.bin` instead, for readers that know nothing else.
+        wrapped: Write the tensors under the key `model` there.
 
     Raises:
         CheckpointError: The folder already holds a checkpoint.
@@ -181,7 +198,8 @@ def write_checkpoint(
         raise CheckpointError(f"{folder} already holds a checkpoint, expected a new folder")
     if pickled:
         everything = {name: tensor.detach().contiguous() for name, tensor in tensors}
-        files.replace(folder / OLD_SINGLE, lambda temporary: torch.save(everything, temporary))
+        content = {MODEL: everything} if wrapped else everything
+        files.replace(folder / OLD_SINGLE, lambda temporary: torch.save(content, temporary))
     else:
         _write_safetensors(folder, tensors, shard_bytes)
     files.replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -213,13 +231,16 @@ def _choose(folder: Path) -> tuple[str | None, str | None]:
             return None, index
         if (folder / single).is_file():
             return single, None
+    for single in MEGATRON:
+        if (folder / single).is_file():
+            return single, None
     raise CheckpointError(
         f"{folder} has no weights, expected one of {SINGLE}, {INDEX}, {OLD_SINGLE}, {OLD_INDEX}"
     )
 
 
 def _present(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (SINGLE, INDEX, OLD_SINGLE, OLD_INDEX))
+    return any((folder / name).exists() for name in (SINGLE, INDEX, OLD_SINGLE, OLD_INDEX, *MEGATRON))
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -241,18 +262,28 @@ def _open(stack: contextlib.ExitStack, path: Path) -> _Mapped | _Unpickled:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        if path.suffix == ".bin":
+        if path.suffix in (".bin", ".pt"):
             return _Unpickled(_load_old(path))
         return _Mapped(stack.enter_context(safe_open(path, framework="pt")))
     except CheckpointError:
         raise
     except (UnpicklingError, *_DAMAGE) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in a line: of PyTorch's advice on pickles the line that names what it refuses."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    refused = [line.strip() for line in lines if "Unsupported" in line or "not an allowed global" in line]
+    return (refused or lines)[0][:300]
 
 
 def _load_old(path: Path) -> dict[str, Tensor]:
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    mapped = zipfile.is_zipfile(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # Megatron-LM's options: attributes only
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    if isinstance(found, dict) and isinstance(found.get(MODEL), dict):
+        found = {k: v for k, v in found[MODEL].items() if not (isinstance(k, str) and k.endswith(EXTRA))}
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, expected tensors by name")
     for name, value in found.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mambakit.checkpoints.files import CONFIG, CheckpointError
+from mambakit.checkpoints.files import CONFIG, CheckpointError, is_megatron
 
 WANTED = (
     CONFIG,
@@ -15,7 +15,7 @@ WANTED = (
     "*.model",
     "generation_config.json",
 )
-LEGACY = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+LEGACY = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*mp_rank_00/model_optim_rng.pt")
 """Older repositories have these instead."""
 
 
@@ -34,7 +34,7 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Path
     """
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / CONFIG).is_file():
+        if not (folder / CONFIG).is_file() and not is_megatron(folder):
             raise CheckpointError(f"{folder} has no {CONFIG}, expected the folder of a checkpoint")
         return folder
     text = os.fspath(name)
@@ -59,6 +59,6 @@ def _download(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name!r} is no folder here and cannot be downloaded ({reason})") from None
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() and not is_megatron(folder):
         raise CheckpointError(f"the repository {name!r} has no {CONFIG}")
     return folder

@@ -25,6 +25,9 @@ from mambakit.cli.console import complain, out
 from mambakit.cli.course import course
 from mambakit.cli.doctor import doctor
 from mambakit.cli.eval import evaluate
+from mambakit.cli.evaluate import evaluate_model
+from mambakit.cli.export import export
+from mambakit.cli.finetune import finetune
 from mambakit.cli.generate import generate
 from mambakit.cli.recipes import recipes
 from mambakit.cli.train import train
@@ -39,8 +42,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(finetune)
 app.command()(generate)
 app.command(name="eval")(evaluate)
+app.command(name="evaluate")(evaluate_model)
+app.command()(export)
 app.command()(recipes)
 app.command()(doctor)
 app.command()(bench)

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from mambakit.checkpoints import CheckpointError, locate
-from mambakit.checkpoints.files import CONFIG, read_config
+from mambakit.checkpoints.files import read_config
 from mambakit.config import ConfigError, unknown
 from mambakit.data.tokenizers import Subwords, Tokenizer
+from mambakit.layers.quantised import ROUNDED_FORMS, quantise
 from mambakit.load import load
 from mambakit.models.language import LanguageModel
 from mambakit.training import load_run, load_tokenizer
+from mambakit.training.finetuning import is_run
 
 _TOKENIZER, _GENERATION = "tokenizer.json", "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,21 +30,25 @@ class Writer:
 
     Attributes:
         model: The model, on the CPU.
-        tokenizer: Its tokeniser.
+        tokenizer: Its tokeniser; `None` only where it was not needed.
         stop_tokens: Tokens that end a text.
     """
 
     model: LanguageModel
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     stop_tokens: Sequence[int] = ()
 
 
-def writer(word: str, dtype: str | None = None) -> Writer:
+def writer(
+    word: str, dtype: str | None = None, quantize: str | None = None, *, needs_tokenizer: bool = True
+) -> Writer:
     """Load the model that a word names.
 
     Args:
         word: A run folder, a checkpoint folder, or a repository such as `state-spaces/mamba-130m-hf`.
         dtype: Type of a checkpoint's weights; as stored by default.
+        quantize: Form in which the linear layers' weights are kept, `int8` or `int4`.
+        needs_tokenizer: Whether to refuse a checkpoint without a tokeniser.
 
     Returns:
         The model and its tokeniser.
@@ -52,33 +58,29 @@ def writer(word: str, dtype: str | None = None) -> Writer:
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(unknown("dtype", dtype, DTYPES))
-    if _is_run(word):
-        return _of_run(word)
+    if quantize not in (None, *ROUNDED_FORMS):
+        raise ConfigError(unknown("form", quantize, ROUNDED_FORMS))
+    if is_run(word):
+        return _of_run(word, quantize)
     folder = locate(word)
     published = read_config(folder)
-    if not (folder / _TOKENIZER).is_file():
+    tokenizer = None
+    if (folder / _TOKENIZER).is_file():
+        tokenizer = Subwords.from_file(folder / _TOKENIZER)
+    elif needs_tokenizer:
         raise CheckpointError(f"{folder} has no {_TOKENIZER}, which turns text into tokens")
-    tokenizer = Subwords.from_file(folder / _TOKENIZER)
-    model = load(folder, dtype=None if dtype is None else DTYPES[dtype])
+    model = load(folder, dtype=None if dtype is None else DTYPES[dtype], quantize=quantize)
     return Writer(model, tokenizer, _ends(folder, published))
 
 
-def _is_run(word: str) -> bool:
-    """Whether a word is to be understood as a run: one that is there, or the mistyped name of one."""
-    folder = Path(word)
-    if (folder / CONFIG).is_file():
-        return "task" in read_config(folder)
-    return folder.exists() or word.count("/") != 1 or folder.parent.is_dir()
-
-
-def _of_run(word: str) -> Writer:
+def _of_run(word: str, quantize: str | None) -> Writer:
     model, config, _ = load_run(word)
     tokenizer = load_tokenizer(word)
     if tokenizer is None:
         raise ConfigError(
             f"{word} was trained on {config.data.tag} data, which is not text: nothing to generate"
         )
-    return Writer(model, tokenizer)
+    return Writer(model if quantize is None else quantise(model, quantize), tokenizer)
 
 
 def _ends(folder: Path, published: dict[str, Any]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from mambakit.cli.console import complain, count, duration, facts, number, out, 
 from mambakit.cli.options import Backend, Settings, forced
 from mambakit.generation import Sampling, stream_text
 from mambakit.recipes import load_recipe
-from mambakit.training import Interrupted, TrainConfig, load_run, load_tokenizer, run
+from mambakit.training import Interrupted, LanguageModeling, TrainConfig, load_run, load_tokenizer, run
 
 _EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 _PROMPT_TOKENS, _SAMPLE_TOKENS = 32, 400
@@ -30,7 +30,19 @@ def train(
     mambakit train shakespeare train.steps=60 train.checkpoint_every=10 out=runs/try resume=true
     """
     words = settings or []
-    config = load_recipe(recipe, words)
+    carry_out("train", load_recipe(recipe, words), recipe, words, backend)
+
+
+def carry_out(verb: str, config: TrainConfig, recipe: str, words: list[str], backend: str | None) -> None:
+    """Do a run and show what came out.
+
+    Args:
+        verb: The verb that asked for it, to say how to go on after Ctrl-C.
+        config: The run.
+        recipe: Where it came from.
+        words: What the command line changed.
+        backend: Of the operators; None lets them choose.
+    """
     try:
         with forced(backend):
             summary = run(config, console=out)
@@ -40,11 +52,11 @@ def train(
         )
         again = [recipe, *(word for word in words if not word.startswith("resume=")), "resume=true"]
         again += ["--backend", backend] if backend else []
-        complain(f"mambakit train {shlex.join(again)}", "go on with")
+        complain(f"mambakit {verb} {shlex.join(again)}", "go on with")
         raise typer.Exit(_EXIT_CODES.get(stopped.signal_name, 1)) from None
-    if config.data.tokenizer is not None:
+    if _writes_text(config):
         _show_sample(config)
-    for table in (scores(summary["metrics"]), facts(_facts(summary))):
+    for table in (scores(summary["metrics"]), facts(_facts(summary, config))):
         out.print()
         out.print(table)
     out.print()
@@ -52,6 +64,11 @@ def train(
         # Not a table: a long path must stay in one piece to be copied.
         out.print(f"[dim]{name:<13}[/]", end="")
         out.print(value, markup=False, highlight=False, soft_wrap=True)
+
+
+def _writes_text(config: TrainConfig) -> bool:
+    """Whether the run's model continues text."""
+    return isinstance(config.task, LanguageModeling) and load_tokenizer(config.folder) is not None
 
 
 def _show_sample(config: TrainConfig) -> None:
@@ -73,10 +90,11 @@ def _show_sample(config: TrainConfig) -> None:
     typer.echo()
 
 
-def _facts(summary: dict[str, Any]) -> dict[str, str]:
+def _facts(summary: dict[str, Any], config: TrainConfig) -> dict[str, str]:
     """What a run was and took, in words."""
     rows = {
         "parameters": count(summary["parameters"]),
+        **({"trained": count(summary["trained_parameters"])} if config.finetune else {}),
         "tokens seen": count(summary["tokens_seen"]),
         "time": duration(summary["seconds"]),
     }
@@ -97,6 +115,6 @@ def _next(config: TrainConfig) -> dict[str, str]:
     """What to do with a finished run."""
     folder = shlex.quote(str(config.folder))
     rows = {"run folder": str(config.folder), "curves": str(config.folder / "curves.png")}
-    if config.data.tokenizer is not None:
+    if _writes_text(config):
         rows["write text"] = f'mambakit generate {folder} "PROMPT"'
     return {**rows, "measure": f"mambakit eval {folder}"}

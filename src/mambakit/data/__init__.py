@@ -5,6 +5,8 @@
     loader.py        batches(): a stream of batches that can start anywhere
     tokenizers.py    characters, bytes, subwords
     text.py          tiny Shakespeare and any UTF-8 file
+    documents.py     text files, tables and conversations, packed;  chat.py  chat templates
+    labelled.py      texts with a class each, packed
     tokens.py        memory-mapped token shards
     mnist.py         MNIST and Fashion-MNIST as pixel sequences
     fetch.py         MAMBAKIT_DATA, the cache, and checked downloads
@@ -13,7 +15,10 @@
 Importing this needs torch and numpy only; the tokenizers library is loaded when a subword tokeniser is made.
 """
 
+from mambakit.data.chat import ChatTemplate
 from mambakit.data.config import Baseline, DataConfig, DataError
+from mambakit.data.documents import DocumentsConfig
+from mambakit.data.labelled import LabelledTextConfig, pack
 from mambakit.data.loader import batches
 from mambakit.data.mnist import FashionMnistConfig, MnistConfig, read_idx
 from mambakit.data.samples import Epochs, Samples, Stream
@@ -32,11 +37,14 @@ __all__ = [
     "Baseline",
     "Bytes",
     "Characters",
+    "ChatTemplate",
     "DataConfig",
     "DataError",
+    "DocumentsConfig",
     "Epochs",
     "FashionMnistConfig",
     "InductionHeadsConfig",
+    "LabelledTextConfig",
     "MnistConfig",
     "ModularArithmeticConfig",
     "MqarConfig",
@@ -51,6 +59,7 @@ __all__ = [
     "Tokenizer",
     "TokensConfig",
     "batches",
+    "pack",
     "read_idx",
     "shakespeare",
     "tokenizer_from",

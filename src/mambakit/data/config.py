@@ -10,6 +10,7 @@ many symbols or classes) and makes three kinds of dataset:
 Language modelling samples are `{"tokens": (l,), "labels": (l,)}`: `labels[t]` is what has to be said at
 position t, already shifted, and -100 where nothing is asked. Packed ones add `"seq_idx": (l,)`.
 Classification samples are `{"inputs": (l, f), "label": ()}`.
+Labelled texts are packed: a batch is `{"tokens": (1, t), "lengths": (n,), "label": (n,)}`, texts end to end.
 """
 
 from __future__ import annotations

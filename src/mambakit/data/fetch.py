@@ -72,6 +72,32 @@ def locate(file: RemoteFile) -> Path:
     return _download(file, cache_folder() / file.folder)
 
 
+def find(path: str, origin: str | None = None) -> Path:
+    """Find a file of the user: at its path, else in the folder named by MAMBAKIT_DATA, else in the cache.
+
+    Args:
+        path: Absolute, or relative to the working folder or to one of these folders.
+        origin: Where the file can be had, for the message when it is missing.
+
+    Returns:
+        Path of a file that exists.
+
+    Raises:
+        DataError: It is nowhere.
+    """
+    given = Path(path).expanduser()
+    named = os.environ.get(ENVIRONMENT)
+    folders = [Path(), *([Path(named)] if named else []), cache_folder()]
+    for folder in folders:
+        if (folder / given).is_file():
+            return folder / given
+    nearest = next(
+        (folder / given for folder in reversed(folders) if (folder / given).parent.is_dir()), given
+    )
+    where = f"; put it into the folder that {ENVIRONMENT} names" if not given.is_absolute() else ""
+    raise DataError(f"{missing(nearest)}{where}{f'. Where from: {origin}' if origin else ''}")
+
+
 def missing(path: Path) -> DataError:
     """Say that a file or folder does not exist, with the nearest name beside it."""
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -67,13 +67,18 @@ class Passes(Samples):
             self._starts[number] = offset + self._length * np.argsort(words[1:], kind="stable")
         return self._starts[number]
 
-    def generate(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Make the windows numbered `indices`: tokens and labels, (b, l) int64."""
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        """First token of each of the windows numbered `indices`, (b,) int64."""
         passes, places = np.divmod(indices, self.per_pass)
         starts = np.empty_like(indices)
         for number in np.unique(passes):
             now = passes == number
             starts[now] = self.starts(int(number))[places[now]]
+        return starts
+
+    def generate(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Make the windows numbered `indices`: tokens and labels, (b, l) int64."""
+        starts = self.places(indices)
         windows = np.lib.stride_tricks.sliding_window_view(self._ids, self._length + 1)[starts]
         return {
             "tokens": windows[:, :-1].astype(np.int64),

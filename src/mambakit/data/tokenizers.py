@@ -7,7 +7,7 @@ trained model finds its own tokeniser again (`tokenizer_from`) without the data 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,8 @@ import numpy as np
 from mambakit.config import ConfigError, unknown
 
 _MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+END_OF_TEXT = "<|endoftext|>"
+"""The special token, number 0, of the tokenisers that are trained here."""
 
 
 @runtime_checkable
@@ -146,6 +148,53 @@ class Subwords:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the tokeniser {str(path)!r}: {error}") from None
 
+    @classmethod
+    def trained(cls, texts: Iterable[str], vocab_size: int, *, lowercase: bool = False) -> Subwords:
+        """Learn byte-pair merges (Sennrich et al., 1508.07909) of words and of runs of punctuation.
+
+        White space only separates words, so `said,` and `said ,` are the same tokens; decoding puts a space
+        between any two words.
+
+        Args:
+            texts: What to learn from.
+            vocab_size: Tokens at most; `END_OF_TEXT` is number 0.
+            lowercase: Read capitals as small letters.
+
+        Returns:
+            The tokeniser.
+
+        Raises:
+            ConfigError: The tokenizers library is not installed.
+        """
+        try:
+            from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+        except ImportError:
+            raise ConfigError("subword tokenisers need: pip install tokenizers") from None
+        unknown_token = "<|unknown|>"
+        made = Tokenizer(models.BPE(unk_token=unknown_token, fuse_unk=True))
+        made.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])]
+        )
+        # The mark of a word's beginning is a letter of its own: with marks at the ends of words, which the
+        # library offers too, two trainings on the same texts number the tokens differently.
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        )
+        made.decoder = decoders.Metaspace(prepend_scheme="always")
+        special = [END_OF_TEXT, unknown_token]
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            show_progress=False,
+            min_frequency=2,
+        )
+        made.train_from_iterator(texts, trainer)
+        return cls(made.to_str())
+
+    def token(self, text: str) -> int | None:
+        """Number of the token that is written like this, if there is one."""
+        return self._tokenizer.token_to_id(text)
+
     @property
     def vocab_size(self) -> int:
         """The largest id plus one."""
@@ -170,6 +219,27 @@ class Subwords:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build the tokeniser again."""
         self.__init__(state["definition"])  # type: ignore[misc]
+
+
+def tokenizer_file(path: str | Path) -> Tokenizer:
+    """Read a tokeniser that a run left behind, or the `tokenizer.json` of a published checkpoint.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The tokeniser.
+
+    Raises:
+        ConfigError: No such file, or neither of the two.
+    """
+    try:
+        description = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the tokeniser {str(path)!r}: {error}") from None
+    if isinstance(description, Mapping) and "type" in description:
+        return tokenizer_from(description)
+    return Subwords.from_file(path)
 
 
 def tokenizer_from(description: Mapping[str, Any]) -> Tokenizer:

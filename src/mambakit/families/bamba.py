@@ -10,7 +10,17 @@ import math
 from typing import Any, Literal
 
 from mambakit.checkpoints.mapping import Row
-from mambakit.families.family import Family, Layout, Published, Size, give, is_of_type, one_of, whole
+from mambakit.families.family import (
+    Family,
+    Layout,
+    Published,
+    Size,
+    give,
+    is_of_type,
+    one_of,
+    rope_theta,
+    whole,
+)
 from mambakit.families.jamba import ATTENTION, FEED_FORWARD, NETWORK, SELF_ATTENTION, SKELETON
 from mambakit.layers.attention import AttentionConfig
 from mambakit.layers.mamba2 import Mamba2Config
@@ -40,6 +50,7 @@ class Mamba2HybridJSON(Published):
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int | None = 8
+    head_dim: int | None = None
     hidden_act: Literal["silu", "swish"] = "silu"
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
@@ -76,11 +87,8 @@ class Mamba2HybridJSON(Published):
 
     @property
     def theta(self) -> float:
-        """Base of the rotary embedding, in either of the places where versions of their library keep it."""
-        rope = self.rope_parameters or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters: rope_type is {rope['rope_type']!r}, expected 'default'")
-        return float(rope.get("rope_theta", self.rope_theta))
+        """Base of the rotary embedding."""
+        return rope_theta(self.rope_parameters, self.rope_theta)
 
     @staticmethod
     def shared(config: LanguageModelConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mambakit.checkpoints.mapping import Row
 from mambakit.families.bamba import MIXER, Mamba2HybridJSON
-from mambakit.families.family import Family, Layout, give, is_of_type, one_of, repeated
+from mambakit.families.family import Family, Layout, Size, give, is_of_type, one_of, repeated
 from mambakit.families.jamba import ATTENTION, FEED_FORWARD, NETWORK, SKELETON
 from mambakit.layers.attention import AttentionConfig
 from mambakit.layers.mamba2 import Mamba2Config
@@ -135,6 +135,13 @@ ROWS = (
     ),
 )
 
+
+def _size(name: str, parameters: int, **settings: Any) -> Size:
+    """A size; the factors of its training, which change no number of parameters, are in its file only."""
+    config = FalconH1JSON(num_key_value_heads=2, rope_theta=1e11, **settings)
+    return Size(f"tiiuae/Falcon-H1-{name}-Base", parameters, config)
+
+
 FALCON_H1 = Family(
     "falcon_h1",
     (
@@ -146,5 +153,31 @@ FALCON_H1 = Family(
             {"model_type": "falcon_h1", "architectures": ["FalconH1ForCausalLM"], "hidden_act": "silu"},
         ),
     ),
-    {},
+    {
+        "falcon-h1-0.5b": _size(
+            "0.5B",
+            521_411_104,
+            vocab_size=32784,
+            hidden_size=1024,
+            num_hidden_layers=36,
+            intermediate_size=2048,
+            num_attention_heads=8,
+            head_dim=64,
+            mamba_d_ssm=1536,
+            mamba_n_heads=24,
+            mamba_d_state=128,
+        ),
+        "falcon-h1-7b": _size(
+            "7B",
+            7_585_513_568,
+            vocab_size=130048,
+            hidden_size=3072,
+            num_hidden_layers=44,
+            intermediate_size=12288,
+            num_attention_heads=12,
+            head_dim=128,
+            mamba_d_ssm=3072,
+            mamba_n_heads=24,
+        ),
+    },
 )

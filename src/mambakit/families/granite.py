@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mambakit.checkpoints.mapping import Row
 from mambakit.checkpoints.transforms import SWAP_HALVES
 from mambakit.families.bamba import MAMBA2, Mamba2HybridJSON
-from mambakit.families.family import Family, Layout, give, is_of_type, one_of
+from mambakit.families.family import Family, Layout, Size, give, is_of_type, one_of
 from mambakit.families.jamba import NETWORK, SELF_ATTENTION
 from mambakit.layers.attention import AttentionConfig
 from mambakit.layers.mlp import GatedMLPConfig
@@ -136,6 +136,27 @@ ROWS = (
     ),
 )
 
+ATTENDS = (5, 15, 25, 35)
+"""Layers of attention in all published hybrids."""
+
+
+def _size(name: str, parameters: int, active: int | None = None, **settings: Any) -> Size:
+    layers = ["full_attention" if n in ATTENDS else "linear_attention" for n in range(40)]
+    config = GraniteJSON(
+        vocab_size=100352,
+        num_hidden_layers=40,
+        layer_types=layers,
+        mamba_d_head=64,
+        mamba_d_state=128,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        **settings,
+    )
+    return Size(f"ibm-granite/granite-4.0-h-{name}", parameters, config, active)
+
+
 GRANITE = Family(
     "granitemoehybrid",
     (
@@ -151,5 +172,48 @@ GRANITE = Family(
             },
         ),
     ),
-    {},
+    {
+        "granite-4.0-h-micro": _size(
+            "micro",
+            3_191_396_096,
+            hidden_size=2048,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            mamba_n_heads=64,
+            num_local_experts=0,
+            shared_intermediate_size=8192,
+            attention_multiplier=0.015625,
+            logits_scaling=8.0,
+        ),
+        "granite-4.0-h-tiny": _size(
+            "tiny",
+            6_939_037_248,
+            1_465_470_528,
+            hidden_size=1536,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            mamba_n_heads=48,
+            num_local_experts=64,
+            num_experts_per_tok=6,
+            intermediate_size=512,
+            shared_intermediate_size=1024,
+            attention_multiplier=0.0078125,
+            logits_scaling=6.0,
+        ),
+        "granite-4.0-h-small": _size(
+            "small",
+            32_207_337_984,
+            8_803_121_664,
+            hidden_size=4096,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            mamba_n_heads=128,
+            num_local_experts=72,
+            num_experts_per_tok=10,
+            intermediate_size=768,
+            shared_intermediate_size=1536,
+            attention_multiplier=0.0078125,
+            logits_scaling=16.0,
+        ),
+    },
 )

@@ -37,7 +37,7 @@ MIXER = {
     "bias": "mamba_proj_bias",
     "inner_norm_eps": "rms_norm_eps",
 }
-ATTENTION = {"n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
+ATTENTION = {"n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 EXPERTS = {
     "n_experts": "num_experts",
     "top_k": "num_experts_per_tok",
@@ -56,6 +56,7 @@ class JambaJSON(Published):
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int | None = 8
+    head_dim: int | None = None
     hidden_act: Literal["silu", "swish"] = "silu"
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
@@ -208,6 +209,20 @@ JAMBA = Family(
         ),
     ),
     {
-        "jamba-v0.1": Size("ai21labs/Jamba-v0.1", 51_570_323_328, JambaJSON()),
+        "jamba-v0.1": Size("ai21labs/Jamba-v0.1", 51_570_323_328, JambaJSON(), active=12_110_311_296),
+        "jamba-1.5-mini": Size(
+            "ai21labs/AI21-Jamba-1.5-Mini", 51_570_323_328, JambaJSON(), active=12_110_311_296
+        ),
+        "jamba-1.5-large": Size(
+            "ai21labs/AI21-Jamba-1.5-Large",
+            398_555_145_696,
+            JambaJSON(
+                hidden_size=8192,
+                intermediate_size=24576,
+                num_hidden_layers=72,
+                num_attention_heads=64,
+            ),
+            active=94_149_338_592,
+        ),
     },
 )

@@ -122,6 +122,21 @@ MAMBA2 = Family(
         "mamba2-780m": _size("780m", 48, 1536, 780_161_280),
         "mamba2-1.3b": _size("1.3b", 48, 2048, 1_343_757_312),
         "mamba2-2.7b": _size("2.7b", 64, 2560, 2_702_599_680),
+        "mamba2attn-2.7b": Size(
+            "state-spaces/mamba2attn-2.7b",
+            2_697_590_880,
+            mamba_ssm.Mamba2JSON(
+                d_model=2560,
+                n_layer=64,
+                ssm_cfg={"layer": "Mamba2"},
+                attn_layer_idx=[9, 18, 27, 36, 45, 56],
+                attn_cfg={
+                    **{"causal": True, "d_conv": 4, "head_dim": 128, "num_heads": 30, "out_proj_bias": False},
+                    **{"qkv_proj_bias": False, "rotary_emb_dim": 64},
+                },
+                pad_vocab_size_multiple=16,
+            ),
+        ),
         "codestral-mamba-7b": Size("mistralai/Mamba-Codestral-7B-v0.1", 7_285_403_648, Mamba2JSON()),
     },
 )

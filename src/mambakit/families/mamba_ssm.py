@@ -1,7 +1,8 @@
 """The `config.json` of state-spaces/mamba (mamba_ssm), shared by its Mamba-1, 2 and 3 checkpoints.
 
-`ssm_cfg` holds arguments of the layer; a gated MLP follows every layer where `d_intermediate` is not 0; the
-vocabulary is rounded up to `pad_vocab_size_multiple`. Options that change the network and have no counterpart
+`ssm_cfg` holds arguments of the layer, and `attn_cfg` those of attention, which stands in the layers of
+`attn_layer_idx` instead; a gated MLP follows every layer where `d_intermediate` is not 0; the vocabulary is
+rounded up to `pad_vocab_size_multiple`. Options that change the network and have no counterpart
 here are refused, never ignored.
 """
 
@@ -12,8 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from mambakit.checkpoints.mapping import Row
+from mambakit.checkpoints.transforms import ROWS_APART
 from mambakit.config import unknown
-from mambakit.families.family import Published, give, one_of, repeated
+from mambakit.families.family import MOST_LAYERS, Published, give, one_of
+from mambakit.layers.attention import AttentionConfig
 from mambakit.layers.mamba1 import Mamba1Config
 from mambakit.layers.mamba2 import Mamba2Config
 from mambakit.layers.mamba3 import Mamba3Config
@@ -28,22 +31,69 @@ SPEED_ONLY = frozenset(
 """Keys of `ssm_cfg` that choose an implementation, not a network."""
 _MLP_MULTIPLE = 128
 """Hidden channels of their MLP are rounded up to a multiple of this."""
-_MLP = (
-    Row("backbone.blocks.{n}.norm.weight", "backbone.layers.{i}.norm2.weight", kind="mlp"),
-    Row("backbone.blocks.{n}.mixer.in_proj.weight", "backbone.layers.{i}.mlp.fc1.weight", kind="mlp"),
-    Row("backbone.blocks.{n}.mixer.out_proj.weight", "backbone.layers.{i}.mlp.fc2.weight", kind="mlp"),
-)
+ATTENTION = {
+    "n_heads": "num_heads",
+    "n_kv_heads": "num_heads_kv",
+    "head_dim": "head_dim",
+    "scale": "softmax_scale",
+    "causal": "causal",
+    "rope_interleaved": "rotary_emb_interleaved",
+    "qkv_bias": "qkv_proj_bias",
+    "out_bias": "out_proj_bias",
+}
+ATTENTION_DEFAULTS: dict[str, Any] = {
+    **{"num_heads": None, "num_heads_kv": None, "head_dim": None, "softmax_scale": None, "causal": False},
+    **{"rotary_emb_interleaved": False, "qkv_proj_bias": True, "out_proj_bias": True, "d_conv": 0},
+    **{"rotary_emb_dim": 0, "rotary_emb_base": 10000.0, "mlp_dim": 0},
+}
+"""Arguments of their attention, with their defaults."""
 
 
-def rows(block: Iterable[Row], kind: type[MixerConfig]) -> tuple[Row, ...]:
-    """The tensors of a checkpoint, from rows of a stack of mixers without MLPs, whose blocks are `{i}`."""
-    mixers = (
-        dataclasses.replace(row, ours=row.ours.replace("{i}", "{n}"), kind=kind.tag)
-        if "{i}" in row.ours
-        else row
-        for row in block
-    )
-    return (Row("embedding.weight", "backbone.embedding.weight"), *mixers, *_MLP)
+def rows(block: Iterable[Row], kind: type[MixerConfig]) -> Callable[[LanguageModelConfig], tuple[Row, ...]]:
+    """The tensors of a checkpoint.
+
+    Args:
+        block: Rows of a stack of mixers, whose blocks are `{i}`.
+        kind: The mixer.
+
+    Returns:
+        The rows of a network, with its MLPs and attention.
+    """
+    mixers = [row for row in block if ".mixer." in row.ours]
+
+    def of(config: LanguageModelConfig) -> tuple[Row, ...]:
+        has_mlp = any(type(block) is GatedMLPConfig for block in config.blocks)
+        mixer, mlp = (f"backbone.blocks.{{{n}}}" for n in (("2i", "2i+1") if has_mlp else ("i", "i")))
+        layer, mha = "backbone.layers.{i}", AttentionConfig.tag
+        found = [
+            Row("embedding.weight", "backbone.embedding.weight"),
+            Row("backbone.norm_f.*", "backbone.norm_f.*"),
+            Row("lm_head.weight", "lm_head.weight"),
+            Row(f"{mixer}.norm.*", f"{layer}.norm.*"),
+            *(
+                dataclasses.replace(row, ours=row.ours.replace("backbone.blocks.{i}", mixer), kind=kind.tag)
+                for row in mixers
+            ),
+            *(
+                Row(
+                    tuple(f"{mixer}.mixer.{q}_proj.{p}" for q in "qkv"),
+                    f"{layer}.mixer.in_proj.{p}",
+                    ROWS_APART,
+                    mha,
+                )
+                for p in ("weight", "bias")
+            ),
+            *(Row(f"{mixer}.mixer.{p}.*", f"{layer}.mixer.{p}.*", kind=mha) for p in ("conv1d", "out_proj")),
+        ]
+        if has_mlp:
+            found += [
+                Row(f"{mlp}.norm.*", f"{layer}.norm2.*"),
+                Row(f"{mlp}.mixer.in_proj.weight", f"{layer}.mlp.fc1.weight", kind=GatedMLPConfig.tag),
+                Row(f"{mlp}.mixer.out_proj.weight", f"{layer}.mlp.fc2.weight", kind=GatedMLPConfig.tag),
+            ]
+        return tuple(found)
+
+    return of
 
 
 def has_layer(name: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -70,6 +120,7 @@ class MambaSSMJSON(Published):
     vocab_size: int = 50277
     ssm_cfg: dict[str, Any] | None = None
     attn_layer_idx: list[int] | None = None
+    attn_cfg: dict[str, Any] | None = None
     rms_norm: bool = True
     residual_in_fp32: bool = True
     pad_vocab_size_multiple: int = 8
@@ -77,24 +128,27 @@ class MambaSSMJSON(Published):
 
     def ours(self) -> LanguageModelConfig:
         """Describe the same network in our words."""
-        for key, value, only_value in (
-            ("rms_norm", self.rms_norm, True),
-            ("attn_layer_idx", list(self.attn_layer_idx or []), []),
-        ):
-            if value != only_value:
-                raise ValueError(f"{key} is {value}, expected {only_value}: no other is supported yet")
         if self.pad_vocab_size_multiple < 1:
             raise ValueError(
                 f"pad_vocab_size_multiple is {self.pad_vocab_size_multiple}, expected at least 1"
             )
+        if not 1 <= self.n_layer <= MOST_LAYERS:
+            raise ValueError(f"{self.n_layer} layers, expected 1 to {MOST_LAYERS}")
+        attends = set(self.attn_layer_idx or ())
+        if strange := sorted(attends - set(range(self.n_layer))):
+            raise ValueError(f"attn_layer_idx: {strange[0]}, expected layers 0 to {self.n_layer - 1}")
         padded = -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
-        mixers = {"M": self.kind.from_dict(self._arguments(), where="ssm_cfg")}
+        mixers: dict[str, MixerConfig] = {"M": self.kind.from_dict(self._arguments(), where="ssm_cfg")}
+        if attends:
+            mixers["*"] = self._attention()
         if self.d_intermediate:
             mixers["-"] = GatedMLPConfig(d_hidden=-(-self.d_intermediate // _MLP_MULTIPLE) * _MLP_MULTIPLE)
+        layers = ("*" if n in attends else "M" for n in range(self.n_layer))
         return LanguageModelConfig(
             vocab_size=padded,
-            pattern=repeated("".join(mixers), self.n_layer),
+            pattern="".join(layer + ("-" if self.d_intermediate else "") for layer in layers),
             mixers=mixers,
+            norm="rms" if self.rms_norm else "layer",
             **self.take(NETWORK),
         )
 
@@ -102,15 +156,22 @@ class MambaSSMJSON(Published):
     def of(cls, config: LanguageModelConfig) -> MambaSSMJSON:
         """Describe a network of ours in their words."""
         mixer, mlp = one_of(config.blocks, cls.kind), one_of(config.blocks, GatedMLPConfig)
-        if mixer is None:
+        layers = [block for block in config.blocks if type(block) is not GatedMLPConfig]
+        attention = one_of(layers, AttentionConfig)
+        if not layers or (mixer is None and attention is None):
             raise ValueError(f"pattern {config.pattern!r}, expected blocks of a {cls.kind.__name__}")
         return cls(
-            n_layer=sum(type(block) is cls.kind for block in config.blocks),
+            n_layer=len(layers),
             d_intermediate=0 if mlp is None else mlp.hidden(config.d_model),
             vocab_size=config.vocab_size,
             pad_vocab_size_multiple=1,
-            ssm_cfg={"layer": cls.__name__.removesuffix("JSON"), **cls._changed(mixer)},
-            attn_layer_idx=[],
+            ssm_cfg={
+                "layer": cls.__name__.removesuffix("JSON"),
+                **({} if mixer is None else cls._changed(mixer)),
+            },
+            attn_layer_idx=[n for n, block in enumerate(layers) if type(block) is AttentionConfig],
+            attn_cfg={} if attention is None else _their_attention(attention, config.d_model),
+            rms_norm=config.norm == "rms",
             **give(config, NETWORK),
         )
 
@@ -127,6 +188,40 @@ class MambaSSMJSON(Published):
             if key not in self.arguments:
                 raise ValueError(f"ssm_cfg: {unknown('argument', key, self.arguments)}")
         return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+
+    def _attention(self) -> AttentionConfig:
+        """Settings of our attention."""
+        for key in self.attn_cfg or {}:
+            if key not in ATTENTION_DEFAULTS:
+                raise ValueError(f"attn_cfg: {unknown('argument', key, ATTENTION_DEFAULTS)}")
+        settings = ATTENTION_DEFAULTS | (self.attn_cfg or {})
+        heads, turned = settings["num_heads"], settings["rotary_emb_dim"]
+        if not isinstance(heads, int) or not isinstance(turned, int) or heads < 1:
+            raise ValueError(f"attn_cfg: num_heads is {heads!r}, rotary_emb_dim {turned!r}, expected numbers")
+        if settings["mlp_dim"]:
+            raise ValueError(
+                f"attn_cfg: mlp_dim is {settings['mlp_dim']}, expected 0: no published model has it"
+            )
+        found = {ours: settings[theirs] for ours, theirs in ATTENTION.items()}
+        if found["head_dim"] is None:
+            found["head_dim"] = self.d_model // heads
+        if turned:
+            found |= {
+                "rope": settings["rotary_emb_base"],
+                "rope_fraction": turned / max(found["head_dim"], 1),
+            }
+        else:
+            found["rope"] = None
+        return AttentionConfig.from_dict({**found, "d_conv": settings["d_conv"] or None}, where="attn_cfg")
+
+
+def _their_attention(attention: AttentionConfig, d_model: int) -> dict[str, Any]:
+    """Arguments of their attention."""
+    settings = give(attention, ATTENTION) | {"head_dim": attention.headdim(d_model)}
+    settings["d_conv"] = attention.d_conv or 0
+    if attention.rope is not None:
+        settings |= {"rotary_emb_dim": attention.rotary_dims(d_model), "rotary_emb_base": attention.rope}
+    return settings
 
 
 _COMMON = frozenset({"d_state", "d_conv", "expand", "dt_min", "dt_max", "dt_init_floor", "conv_bias", "bias"})

@@ -19,7 +19,7 @@ from typing import Literal
 
 from mambakit.checkpoints.mapping import Row
 from mambakit.checkpoints.transforms import STACK
-from mambakit.families.family import MOST_LAYERS, Family, Layout, Published, give, is_of_type, one_of
+from mambakit.families.family import MOST_LAYERS, Family, Layout, Published, Size, give, is_of_type, one_of
 from mambakit.layers.attention import AttentionConfig
 from mambakit.layers.mamba2 import Mamba2Config
 from mambakit.layers.mlp import MLPConfig
@@ -200,6 +200,11 @@ ROWS = (
     ),
 )
 
+
+def _plain(name: str, parameters: int, pattern: str, **settings: int) -> Size:
+    return Size(f"nvidia/{name}", parameters, NemotronHJSON(hybrid_override_pattern=pattern, **settings))
+
+
 NEMOTRON_H = Family(
     "nemotron_h",
     (
@@ -215,5 +220,34 @@ NEMOTRON_H = Family(
             },
         ),
     ),
-    {},
+    {
+        "nemotron-h-8b": _plain(
+            "Nemotron-H-8B-Base-8K", 8_100_852_736, "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+        ),
+        "nemotron-nano-9b-v2": _plain(
+            "NVIDIA-Nemotron-Nano-9B-v2",
+            8_888_227_328,
+            "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+            hidden_size=4480,
+            intermediate_size=15680,
+            num_attention_heads=40,
+            mamba_head_dim=80,
+        ),
+        "nemotron-3-nano-30b-a3b": Size(
+            "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+            31_577_937_344,
+            NemotronHJSON(
+                hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+                hidden_size=2688,
+                num_key_value_heads=2,
+                mamba_num_heads=64,
+                n_routed_experts=128,
+                num_experts_per_tok=6,
+                moe_intermediate_size=1856,
+                moe_shared_expert_intermediate_size=3712,
+                routed_scaling_factor=2.5,
+            ),
+            active=3_580_073_408,
+        ),
+    },
 )

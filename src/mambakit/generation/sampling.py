@@ -9,6 +9,7 @@ batch, not on the device's random state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,6 +160,20 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
 
 
+def generator(seed: int) -> np.random.Generator:
+    """The counter-based generator of one row."""
+    return np.random.Generator(np.random.Philox(key=seed % 2**64))  # Philox keys have 64 bits
+
+
+def _row_seeds(first: int | None, seeds: Sequence[int] | None, rows: int) -> list[int]:
+    if seeds is None:
+        first = np.random.SeedSequence().entropy if first is None else first
+        return [first + row for row in range(rows)]
+    if len(seeds) != rows or min(seeds) < 0:
+        raise ValueError(f"seeds is {list(seeds)}, expected {rows} numbers >= 0, one for each row")
+    return list(seeds)
+
+
 class Sampler:
     """Chooses one token per row, again and again, remembering what each row has seen.
 
@@ -167,17 +182,24 @@ class Sampler:
         prompt: The tokens before the first choice `(b, l)`; they count for the repetition penalty and give
             the batch size and the device.
         vocab_size: Tokens from this number on are never chosen; `None` allows all that the model scores.
+        seeds: The seed of each row, instead of those that follow from `sampling.seed`.
+
+    Raises:
+        ValueError: Another number of seeds than of rows, or a negative one.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Tensor, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Tensor,
+        vocab_size: int | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
         self.sampling = sampling
         self.vocab_size = vocab_size
         self._prompt = prompt
         self._seen: Tensor | None = None  # (b, v), made when the vocabulary is known
-        seed = np.random.SeedSequence().entropy if sampling.seed is None else sampling.seed
-        # Philox keys have 64 bits.
-        keys = [(seed + row) % 2**64 for row in range(prompt.shape[0])]
-        self._generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+        self._generators = [generator(seed) for seed in _row_seeds(sampling.seed, seeds, len(prompt))]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Choose the next token of each row.

@@ -7,15 +7,14 @@ what is not settled yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
-
-import torch
 
 from mambakit.generation.decode import stream
 from mambakit.generation.sampling import Sampling
 
 if TYPE_CHECKING:
+    from mambakit.generation.conversation import Conversation
     from mambakit.generation.engine import DecodeEngine
     from mambakit.generation.recorded import RecordedDecoder
     from mambakit.models.language import LanguageModel
@@ -131,9 +130,11 @@ def stream_text(
     prompt: str,
     *,
     max_tokens: int,
+    min_tokens: int = 0,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
+    prefill_chunk: int = 4096,
     engine: DecodeEngine | RecordedDecoder | str = "auto",
 ) -> Iterator[str]:
     """Yield the continuation of a prompt as text, piece by piece.
@@ -143,6 +144,58 @@ def stream_text(
         tokenizer: The tokenizer that the model was trained with.
         prompt: The text to continue; it is not repeated in the output.
         max_tokens: How many tokens to generate at most.
+        min_tokens: Before so many tokens none of `stop_tokens` is chosen.
+        sampling: How to choose; `None` is plain sampling.
+        stop: Strings that end the text; neither they nor anything after them is yielded.
+        stop_tokens: Tokens that end the text; they are not yielded.
+        prefill_chunk: The prompt is read in pieces of this many tokens.
+        engine: Decode engine for the new tokens, as for `stream`.
+
+    Yields:
+        Non-empty pieces of text.
+
+    Raises:
+        ValueError: A prompt without tokens, an empty stop string, or a count below 1.
+    """
+    context = _encode(tokenizer, prompt)
+    watch = StopStrings(stop)
+    steps = stream(
+        model,
+        [context],
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        vocab_size=tokenizer.vocab_size,
+        prefill_chunk=prefill_chunk,
+        engine=engine,
+    )
+    tokens = (int(step) for step in steps)
+    return pieces(tokens, Characters(tokenizer, context), watch, frozenset(stop_tokens))
+
+
+def stream_reply(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    min_tokens: int = 0,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    stop_tokens: Sequence[int] = (),
+    engine: DecodeEngine | RecordedDecoder | str = "auto",
+) -> Iterator[str]:
+    """Add a prompt to a conversation and yield its continuation as text, piece by piece.
+
+    What ends the text, a stop string or token, is not yielded but was said: what follows comes after it.
+
+    Args:
+        conversation: What was said so far; the prompt is read now, and what is written becomes part of it.
+        tokenizer: The tokenizer that the model was trained with.
+        prompt: The text to add, which may be empty where something was said already.
+        max_tokens: How many tokens to generate at most.
+        min_tokens: Before so many tokens none of `stop_tokens` is chosen.
         sampling: How to choose; `None` is plain sampling.
         stop: Strings that end the text; neither they nor anything after them is yielded.
         stop_tokens: Tokens that end the text; they are not yielded.
@@ -152,31 +205,115 @@ def stream_text(
         Non-empty pieces of text.
 
     Raises:
-        ValueError: A prompt without tokens, an empty stop string, or a count below 1.
+        ValueError: Nothing was said, and the prompt is empty; an empty stop string, or a count below 1.
     """
-    context = list(tokenizer.encode(prompt))
-    if not context:
-        raise ValueError(f"the prompt {prompt!r} has no tokens, expected at least one")
     watch = StopStrings(stop)
-    device = next(model.parameters()).device
-    tokens = torch.tensor([context], dtype=torch.int64, device=device)
-    steps = stream(
-        model,
-        tokens,
+    conversation.read(tokenizer.encode(prompt))
+    steps = conversation.write(
         max_tokens=max_tokens,
+        min_tokens=min_tokens,
         sampling=sampling,
         stop_tokens=stop_tokens,
         vocab_size=tokenizer.vocab_size,
         engine=engine,
     )
-    return _pieces(steps, Characters(tokenizer, context), watch, frozenset(stop_tokens))
+    return pieces(steps, Characters(tokenizer, conversation.tokens), watch, frozenset(stop_tokens))
 
 
-def _pieces(
-    steps: Iterator[torch.Tensor], characters: Characters, watch: StopStrings, stop_tokens: frozenset[int]
-) -> Iterator[str]:
+def generate_text(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    min_tokens: int = 0,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    stop_tokens: Sequence[int] = (),
+    prefill_chunk: int = 4096,
+    engine: DecodeEngine | RecordedDecoder | str = "auto",
+) -> list[str]:
+    """Continue several prompts at once; each text is what `stream_text` makes of its prompt alone.
+
+    Args:
+        model: A language model.
+        tokenizer: The tokenizer that the model was trained with.
+        prompts: The texts to continue, of any lengths.
+        max_tokens: How many tokens to generate at most, for each.
+        min_tokens: Before so many tokens none of `stop_tokens` is chosen.
+        sampling: How to choose; `None` is plain sampling.
+        seeds: A seed for each prompt; by default number i has `sampling.seed + i`.
+        stop: Strings that end a text and are no part of it.
+        stop_tokens: Tokens that end a text and are no part of it.
+        prefill_chunk: The prompts are read in pieces of this many tokens.
+        engine: Decode engine for the new tokens, as for `stream`.
+
+    Returns:
+        The continuations, in the order of the prompts.
+
+    Raises:
+        ValueError: As for `stream_text`, and another number of seeds than of prompts.
+    """
+    contexts = [_encode(tokenizer, prompt) for prompt in prompts]
+    rows = [_Row(Characters(tokenizer, one), StopStrings(stop), frozenset(stop_tokens)) for one in contexts]
+    steps = stream(
+        model,
+        contexts,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        sampling=sampling,
+        seeds=seeds,
+        stop_tokens=stop_tokens,
+        vocab_size=tokenizer.vocab_size,
+        prefill_chunk=prefill_chunk,
+        engine=engine,
+    )
     for step in steps:
-        token = int(step)
+        for row, token in zip(rows, step.tolist(), strict=True):
+            row.feed(token)
+        if all(row.ended for row in rows):
+            steps.close()
+    return [row.finish() for row in rows]
+
+
+class _Row:
+    """The text of one row of a batch as it grows."""
+
+    def __init__(self, characters: Characters, watch: StopStrings, stop_tokens: frozenset[int]) -> None:
+        self._characters, self._watch, self._stop_tokens = characters, watch, stop_tokens
+        self._text: list[str] = []
+        self.ended = False
+
+    def feed(self, token: int) -> None:
+        if self.ended:
+            return
+        if token in self._stop_tokens:
+            self.ended = True
+        else:
+            self._text.append(self._watch.feed(self._characters.feed(token)))
+            self.ended = self._watch.stopped
+
+    def finish(self) -> str:
+        rest = self._watch.feed(self._characters.flush()) + self._watch.flush()
+        return "".join(self._text) + rest
+
+
+def pieces(
+    tokens: Iterable[int], characters: Characters, watch: StopStrings, stop_tokens: frozenset[int]
+) -> Iterator[str]:
+    """Turn tokens into pieces of text until one of them, or a string, ends it.
+
+    Args:
+        tokens: Token numbers, as they are chosen.
+        characters: Makes characters of them.
+        watch: Looks for strings that end the text.
+        stop_tokens: Tokens that end the text.
+
+    Yields:
+        Non-empty pieces of text.
+    """
+    for token in tokens:
         if token in stop_tokens:
             break
         if piece := watch.feed(characters.feed(token)):
@@ -185,6 +322,13 @@ def _pieces(
             return
     if piece := watch.feed(characters.flush()) + watch.flush():
         yield piece
+
+
+def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    tokens = list(tokenizer.encode(prompt))
+    if not tokens:
+        raise ValueError(f"the prompt {prompt!r} has no tokens, expected at least one")
+    return tokens
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mambakit.config import unknown
 from mambakit.layers.conv import CausalConv1d
 from mambakit.layers.init import check_dt_range, check_positive
-from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, recurrent_dtype
+from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, example, recurrent_dtype
 from mambakit.layers.selective_ssm import SelectiveSSM
 
 
@@ -90,6 +90,7 @@ class Mamba1(Mixer, config=Mamba1Config):
         dtype: Type of the parameters; state space scalars are float32 or wider.
     """
 
+    multiplies_first: ClassVar[bool] = True
     ssm_class: ClassVar[type[SelectiveSSM]] = SelectiveSSM
 
     def __init__(
@@ -110,13 +111,7 @@ class Mamba1(Mixer, config=Mamba1Config):
             d_inner,
             config.d_state,
             config.rank(d_model),
-            dt_min=config.dt_min,
-            dt_max=config.dt_max,
-            dt_init_floor=config.dt_init_floor,
-            dt_init=config.dt_init,
-            dt_scale=config.dt_scale,
-            inner_norm=config.inner_norm,
-            inner_norm_eps=config.inner_norm_eps,
+            **self.ssm_settings(),
             **made,
         )
         self.out_proj = nn.Linear(d_inner, d_model, bias=config.bias, **made)
@@ -150,7 +145,7 @@ class Mamba1(Mixer, config=Mamba1Config):
         dtype: torch.dtype | None = None,
     ) -> State:
         """Make an empty state: the last `w-1` inputs of the convolution and the SSM's `(d, n)` state."""
-        d_inner, weight = self.out_proj.in_features, self.in_proj.weight
+        d_inner, weight = self.out_proj.in_features, example(self.in_proj)
         device, dtype = device or weight.device, dtype or weight.dtype
         return State(
             {
@@ -160,6 +155,11 @@ class Mamba1(Mixer, config=Mamba1Config):
                 ),
             }
         )
+
+    def ssm_settings(self) -> dict[str, float | str]:
+        """What the SSM is given besides its sizes."""
+        names = ("dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale", "inner_norm", "inner_norm_eps")
+        return {name: getattr(self.config, name) for name in names}
 
     def reset_parameters(self) -> None:
         """Initialise as published: linear layers by PyTorch's default, the SSM by its own rules."""

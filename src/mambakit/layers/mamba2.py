@@ -24,7 +24,7 @@ from mambakit import ops
 from mambakit.layers import init
 from mambakit.layers.conv import CausalConv1d
 from mambakit.layers.init import check_dt_range, check_positive
-from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, recurrent_dtype
+from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, example, recurrent_dtype
 from mambakit.layers.norm import GatedRMSNorm
 
 
@@ -105,6 +105,7 @@ class Mamba2(Mixer, config=Mamba2Config):
         dtype: Type of the parameters; state space scalars are float32 or wider.
     """
 
+    multiplies_first: ClassVar[bool] = True
     ssm_parameters: ClassVar[frozenset[str]] = frozenset({"A_log", "D", "dt_bias"})
 
     def __init__(
@@ -186,7 +187,7 @@ class Mamba2(Mixer, config=Mamba2Config):
         dtype: torch.dtype | None = None,
     ) -> State:
         """Make an empty state: the last `w-1` inputs of the convolution and the `(h, p, n)` SSM state."""
-        config, weight = self.config, self.in_proj.weight
+        config, weight = self.config, example(self.in_proj)
         device, dtype = device or weight.device, dtype or weight.dtype
         _, conv_channels, heads = self.split
         ssm = (batch, heads, config.headdim, config.d_state)

@@ -29,7 +29,7 @@ from mambakit import ops
 from mambakit.config import unknown
 from mambakit.layers import init
 from mambakit.layers.init import check_dt_range, check_positive
-from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, recurrent_dtype
+from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, example, recurrent_dtype
 from mambakit.layers.norm import GatedRMSNorm, RMSNorm
 
 _EPS = 1e-5  # of all norms, as published
@@ -144,6 +144,7 @@ class Mamba3(Mixer, config=Mamba3Config):
         dtype: Type of the parameters; those of the recurrence are float32 or wider.
     """
 
+    multiplies_first: ClassVar[bool] = True
     ssm_parameters: ClassVar[frozenset[str]] = frozenset({"D", "dt_bias"})
 
     def __init__(
@@ -235,7 +236,7 @@ class Mamba3(Mixer, config=Mamba3Config):
         dtype: torch.dtype | None = None,
     ) -> State:
         """Make an empty state: angles, the `(h, p, n)` SSM state, and the last token's key and value."""
-        config, weight = self.config, self.in_proj.weight
+        config, weight = self.config, example(self.in_proj)
         made = {"device": device or weight.device, "dtype": recurrent_dtype(dtype or weight.dtype)}
         heads, n, p = self.D.numel(), config.d_state, config.headdim
         return State(

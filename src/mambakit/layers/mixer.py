@@ -30,11 +30,13 @@ class Context:
         positions: Position of each token in its document `(b, l)`, integers, for rotary embeddings; counted
             from the state's length where absent.
         losses: Scalars that layers want added to the training loss, such as a router's for an even load.
+        first: What entered the backbone `(b, l, d_model)`, where blocks look back at it (Zamba); set by it.
     """
 
     seq_idx: Tensor | None = None
     positions: Tensor | None = None
     losses: list[Tensor] = dataclasses.field(default_factory=list)
+    first: Tensor | None = None
 
 
 class State(Mapping[str, Any]):
@@ -194,9 +196,14 @@ class State(Mapping[str, Any]):
 
 
 class MixerConfig(Config, Tagged):
-    """Base of all mixer configurations; `type:` in a recipe chooses the member."""
+    """Base of all mixer configurations; `type:` in a recipe chooses the member.
+
+    `prenorm` says whether a block normalises what it gives to the mixer; without, the mixer sees the residual
+    stream itself.
+    """
 
     mixer: ClassVar[type[Mixer]]
+    prenorm: ClassVar[bool] = True
 
     def build(
         self, d_model: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -219,10 +226,12 @@ class Mixer(nn.Module):
 
     A mixer ends in a linear layer named `out_proj`, or says otherwise in `last_weights`. `ssm_parameters`
     lists its own parameters that take part in a recurrence: no weight decay, and their own learning rate
-    where the optimiser is given one.
+    where the optimiser is given one. `multiplies_first` says that the input goes into a linear layer and
+    nowhere else, so that it may come in the type in which autocast multiplies.
     """
 
     ssm_parameters: ClassVar[frozenset[str]] = frozenset()
+    multiplies_first: ClassVar[bool] = False
 
     def __init_subclass__(cls, config: type[MixerConfig] | None = None, **kwargs: Any) -> None:
         """Tie a mixer to its config: `class Mamba2(Mixer, config=Mamba2Config)`."""
@@ -269,6 +278,13 @@ class Mixer(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the parameters as published."""
 
+    def join(self, shared: nn.ModuleDict) -> None:
+        """Find the parts that this mixer shares with other depths, or add them.
+
+        Args:
+            shared: The backbone's shared parts by name; their parameters are the backbone's.
+        """
+
     def last_weights(self) -> Iterator[nn.Parameter]:
         """The weights that write to the residual stream, which the backbone scales for depth."""
         yield self.out_proj.weight
@@ -277,3 +293,12 @@ class Mixer(nn.Module):
 def recurrent_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type in which a recurrence runs and its state is kept: float32, or wider where the data is."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def example(linear: nn.Module) -> Tensor:
+    """A tensor on the device and of the type in which a linear layer computes.
+
+    Its weight, or, where that is restored at every use, an empty one.
+    """
+    kept = getattr(linear, "example", None)
+    return linear.weight if kept is None else kept

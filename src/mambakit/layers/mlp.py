@@ -77,6 +77,7 @@ class GatedMLP(Mixer, config=GatedMLPConfig):
         Shazeer, "GLU variants improve transformer" (2002.05202), equation 6.
     """
 
+    multiplies_first: ClassVar[bool] = True
     parts: ClassVar[int] = 2
     """How many times the hidden channels the first projection gives."""
 
@@ -106,8 +107,19 @@ class GatedMLP(Mixer, config=GatedMLPConfig):
         Returns:
             Activations `(b, l, d_model)`.
         """
+        return self.finish(self.in_proj(x))
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Go on from `in_proj`; a block that adds something to that projection calls this.
+
+        Args:
+            hidden: What `in_proj` gives `(b, l, 2 f)`, or `(b, l, f)` without a gate.
+
+        Returns:
+            Activations `(b, l, d_model)`.
+        """
         config = self.config
-        value, gate = self.in_proj(x).chunk(2, dim=-1)  # (b, l, f) each
+        value, gate = hidden.chunk(2, dim=-1)  # (b, l, f) each
         gate = gate if config.gate_scale == 1 else config.gate_scale * gate
         y = self.out_proj(value * ACTIVATIONS[config.activation](gate))
         return y if config.out_scale == 1 else config.out_scale * y
@@ -153,7 +165,7 @@ class MLP(GatedMLP, config=MLPConfig):
 
     parts = 1
 
-    def forward(self, x: Tensor, state: State | None = None, context: Context | None = None) -> Tensor:
-        """Transform every token on its own; arguments as for `GatedMLP`."""
-        y = self.out_proj(ACTIVATIONS[self.config.activation](self.in_proj(x)))
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Go on from `in_proj`; arguments as for `GatedMLP`."""
+        y = self.out_proj(ACTIVATIONS[self.config.activation](hidden))
         return y if self.config.out_scale == 1 else self.config.out_scale * y

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mambakit.ops.add_norm import add_norm
 from mambakit.ops.norm import norm
 
 
@@ -52,6 +53,21 @@ class RMSNorm(nn.Module):
             ValueError: Another number of channels.
         """
         return norm(x, self.weight, eps=self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a branch to the residual stream, and normalise the sum.
+
+        Args:
+            x: What the branch adds `(..., d_model)`.
+            residual: The stream `(..., d_model)`.
+
+        Returns:
+            The normalised sum in the type of `x`, and the sum in the wider of both types.
+
+        Raises:
+            ValueError: Another number of channels, or two shapes.
+        """
+        return add_norm(x, residual, self.weight, eps=self.eps)
 
     def reset_parameters(self) -> None:
         """Set the weight to one."""
@@ -107,6 +123,10 @@ class LayerNorm(nn.Module):
         """
         return norm(x, self.weight, self.bias, kind="layer", eps=self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a branch to the residual stream, and normalise the sum; arguments as for `RMSNorm.add`."""
+        return add_norm(x, residual, self.weight, self.bias, kind="layer", eps=self.eps)
+
     def reset_parameters(self) -> None:
         """Set the weight to one and the bias to zero."""
         nn.init.ones_(self.weight)
@@ -116,6 +136,10 @@ class LayerNorm(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for printing."""
         return f"{self.weight.numel()}, eps={self.eps}, bias={self.bias is not None}"
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+"""Norms of residual blocks by name."""
 
 
 class GatedRMSNorm(nn.Module):

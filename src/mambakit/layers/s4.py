@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from mambakit import ops
 from mambakit.layers import hippo
 from mambakit.layers.init import check_dt_range
-from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, recurrent_dtype
+from mambakit.layers.mixer import Context, Mixer, MixerConfig, State, example, recurrent_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class S4Block(Mixer):
         dtype: torch.dtype | None = None,
     ) -> State:
         """Make an empty state: `(d, n)` complex numbers, as real and imaginary parts."""
-        weight = self.out_proj.weight
+        weight = example(self.out_proj)
         device, dtype = device or weight.device, recurrent_dtype(dtype or weight.dtype)
         return State({"ssm": torch.zeros(batch, *self.C.shape, device=device, dtype=dtype)})
 

@@ -2,6 +2,7 @@
 
 from mambakit.models.backbone import Backbone, BackboneConfig, pattern
 from mambakit.models.block import Block
+from mambakit.models.classifier import TextClassifier, TextClassifierConfig
 from mambakit.models.language import LanguageModel, LanguageModelConfig
 from mambakit.models.sequence import SequenceClassifier, SequenceClassifierConfig
 
@@ -13,5 +14,7 @@ __all__ = [
     "LanguageModelConfig",
     "SequenceClassifier",
     "SequenceClassifierConfig",
+    "TextClassifier",
+    "TextClassifierConfig",
     "pattern",
 ]

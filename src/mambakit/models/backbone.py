@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from mambakit.layers.attention import AttentionConfig
 from mambakit.layers.mamba2 import Mamba2Config
 from mambakit.layers.mixer import Context, MixerConfig, State
 from mambakit.layers.mlp import GatedMLPConfig
-from mambakit.layers.norm import RMSNorm
+from mambakit.layers.norm import NORMS
 from mambakit.models.block import Block
 
 _STATELESS = State()
@@ -73,7 +74,9 @@ class BackboneConfig(Config):
         d_model: Width of the residual stream, channels.
         pattern: One letter per block, see `pattern`.
         mixers: Letter -> mixer config, laid over the defaults.
-        norm_eps: Added to the mean square in every norm.
+        norm: Norms of the blocks: `rms`, or `layer` with a mean and a bias.
+        final_norm: The last norm; of the same kind by default.
+        norm_eps: Added to the mean square, or the variance, in every norm.
         residual_scale: Factor on every branch.
         residual_in_fp32: Keep the residual stream in float32 when the parameters are narrower.
         dropout: Probability of dropping an element of a branch in training.
@@ -82,6 +85,8 @@ class BackboneConfig(Config):
     d_model: int
     pattern: str
     mixers: Mapping[str, MixerConfig] = dataclasses.field(default_factory=dict)
+    norm: Literal["rms", "layer"] = "rms"
+    final_norm: Literal["rms", "layer"] | None = None
     norm_eps: float = 1e-5
     residual_scale: float = 1.0
     residual_in_fp32: bool = True
@@ -93,6 +98,9 @@ class BackboneConfig(Config):
             raise ValueError(f"d_model={self.d_model}, expected a positive number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}, expected a probability below 1")
+        for name in ("norm", "final_norm"):
+            if getattr(self, name) not in (*NORMS, *((None,) if name == "final_norm" else ())):
+                raise ValueError(unknown(name, getattr(self, name), NORMS))
         pattern(self.pattern, **self.mixers)
 
     @property
@@ -111,6 +119,7 @@ class Backbone(nn.Module):
 
     Attributes:
         blocks: The blocks, in order.
+        shared: Parts that several blocks share, by name; `None` for most models.
         checkpoint_blocks: Recompute each block in the backward pass instead of storing its activations.
     """
 
@@ -124,11 +133,17 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False
-        made = {"norm_eps": config.norm_eps, "scale": config.residual_scale, "dropout": config.dropout}
+        made = {"norm": config.norm, "norm_eps": config.norm_eps}
+        made |= {"scale": config.residual_scale, "dropout": config.dropout}
         self.blocks = nn.ModuleList(
             Block(config.d_model, mixer, **made, device=device, dtype=dtype) for mixer in config.blocks
         )
-        self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
+        shared = nn.ModuleDict()
+        for block in self.blocks:
+            block.mixer.join(shared)
+        self.shared = shared or None
+        last = NORMS[config.final_norm or config.norm]
+        self.norm_f = last(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
         self._scale_for_depth()
 
     def forward(self, x: Tensor, state: State | None = None, context: Context | None = None) -> Tensor:
@@ -147,13 +162,17 @@ class Backbone(nn.Module):
         """
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.shared is not None:  # the same list of losses
+            context = dataclasses.replace(context or Context(), first=x)
         recompute = self.checkpoint_blocks and torch.is_grad_enabled()
+        branch = None  # what the last block adds, not added yet
         for number, block in enumerate(self.blocks):
             block_state = None if state is None else state.get(str(number), _STATELESS)
             if recompute:
-                x = checkpoint(block, x, block_state, context, use_reentrant=False)
+                x, branch = checkpoint(block.advance, x, branch, block_state, context, use_reentrant=False)
             else:
-                x = block(x, block_state, context)
+                x, branch = block.advance(x, branch, block_state, context)
+        x = x if branch is None else x + branch
         return self.norm_f(x).to(self.norm_f.weight.dtype)
 
     def init_state(
@@ -170,9 +189,8 @@ class Backbone(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise every block as published and scale the output projections for depth."""
-        for block in self.blocks:
-            block.norm.reset_parameters()
-            block.mixer.reset_parameters()
+        for part in (*self.blocks, *(self.shared or {}).values()):
+            part.reset_parameters()
         self.norm_f.reset_parameters()
         self._scale_for_depth()
 

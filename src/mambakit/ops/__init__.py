@@ -4,6 +4,7 @@ This is the only place that knows about backends. `ops.backend("reference")` for
 `ops.explain("ssd", ...)` says which would run and why.
 """
 
+from mambakit.ops.add_norm import add_norm
 from mambakit.ops.attention import KVCache, KVState, attention
 from mambakit.ops.causal_conv1d import causal_conv1d
 from mambakit.ops.cross_entropy import cross_entropy
@@ -19,6 +20,7 @@ __all__ = [
     "KVCache",
     "KVState",
     "TrapezoidalState",
+    "add_norm",
     "attention",
     "backend",
     "causal_conv1d",

@@ -1,4 +1,4 @@
-"""Cutting time into chunks: what the chunked forms of `ssd` and `trapezoidal` share."""
+"""Cutting time into chunks: what chunked forms of operators share."""
 
 from __future__ import annotations
 

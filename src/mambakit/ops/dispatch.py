@@ -13,6 +13,12 @@ backend (C++, CUDA, Triton) is a module with
     device                                    "cpu" or "cuda": where it is meant to run
     dtypes                                    types of activations that it takes, the most exact first
 
+and, where the backward pass can do without some inputs, so that their memory is free meanwhile,
+
+    spent                                     names of the tensor arguments whose values it never reads
+    kept_outputs                              numbers of the outputs that it reads, before `saved`
+    rebuilt(saved, *inputs) -> inputs         stand-ins for all inputs with the same derivatives
+
 For each operator that has kernels two low-level `torch.library` operators are registered,
 `mambakit::name(..., bool grad, str backend)` and `mambakit::name_backward(..., str backend)`, so kernels
 trace under `torch.compile(fullgraph=True)` and selective checkpointing sees one node. A kernel states its
@@ -195,6 +201,29 @@ def backend(name: str | None = None, **per_op: str) -> Iterator[None]:
         _forced.update(before)
 
 
+@contextlib.contextmanager
+def extended(name: str, **per_op: types.ModuleType) -> Iterator[None]:
+    """Lend operators one more plain backend inside a `with` block, where it is used for all of them.
+
+    An exporter needs forms of its own, such as ones that hold for every length when they are traced for one.
+
+    Args:
+        name: Name of the backend.
+        **per_op: Operator -> module with a function of the operator's name.
+
+    Yields:
+        Nothing.
+    """
+    for op, module in per_op.items():
+        registry[op].backends[name] = module
+    try:
+        with backend(**dict.fromkeys(per_op, name)):
+            yield
+    finally:
+        for op in per_op:
+            del registry[op].backends[name]
+
+
 def is_forced() -> bool:
     """Whether a `with backend(...)` around here names backends."""
     return bool(_forced)
@@ -300,7 +329,8 @@ def _register_kernels(op: Op) -> None:
     def backward(saved: list[Tensor], grads: list[Tensor], *arguments: Any) -> list[Tensor]:
         *inputs, name = arguments
         found = op.backends[name].backward(saved, grads, *inputs)
-        return [_absent(grads[0]) if grad is None else grad for grad in found]
+        given = [_absent(grads[0]) if grad is None else grad for grad in found]
+        return [g.clone() if any(g is h for h in given[:i]) else g for i, g in enumerate(given)]
 
     def backward_fake(saved: list[Tensor], grads: list[Tensor], *arguments: Any) -> list[Tensor]:
         *inputs, _ = arguments
@@ -343,6 +373,11 @@ def _absent(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+def _shape_of(tensor: Tensor) -> Tensor:
+    """Stands for a tensor whose values nobody will read: its shape and type, without its memory."""
+    return tensor.new_empty(1).expand(tensor.shape)
+
+
 def _call_kernel(op: Op, name: str, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """Run a kernel backend, through the derivative's glue only when a gradient is wanted."""
     if _wants_gradient(inputs):
@@ -381,8 +416,11 @@ class _Kernel(torch.autograd.Function):
         else:
             outputs, saved = op.backends[name].forward(*inputs)
             results = [*outputs, *saved]
-        tensors = [t for t in inputs if isinstance(t, Tensor)]
-        ctx.save_for_backward(*tensors, *results[op.outputs :])
+        module = op.backends[name]
+        spent = [op.arguments.index(key) for key in getattr(module, "spent", ())]
+        tensors = [_shape_of(t) if i in spent else t for i, t in enumerate(inputs) if isinstance(t, Tensor)]
+        outputs = [results[i] for i in getattr(module, "kept_outputs", ())]
+        ctx.save_for_backward(*tensors, *outputs, *results[op.outputs :])
         ctx.op, ctx.name, ctx.tensor_count = op, name, len(tensors)
         ctx.template = [None if isinstance(t, Tensor) else (t,) for t in inputs]
         ctx.set_materialize_grads(True)
@@ -396,6 +434,9 @@ class _Kernel(torch.autograd.Function):
         waiting = iter(tensors)
         inputs = [next(waiting) if slot is None else slot[0] for slot in ctx.template]
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
+            if hasattr(module := op.backends[ctx.name], "rebuilt"):
+                inputs = module.rebuilt(saved, *inputs)
+                tensors = [t for t in inputs if isinstance(t, Tensor)]
             found = _differentiable_gradients(op, inputs, tensors, grads)
         else:
             grads = [g.contiguous() for g in grads]

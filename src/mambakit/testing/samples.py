@@ -134,6 +134,7 @@ def _ssd(
     packed: bool = False,
     bare: bool = False,
     matrix_D: bool = False,
+    decays: bool = False,
     dt_scale: float = 1.0,
     dt_limit: tuple[float, float] = (0.0, torch.inf),
 ) -> Build:
@@ -152,7 +153,11 @@ def _ssd(
             "seq_idx": draw.documents(b, l) if packed else None,
         }
 
-    return build
+    def build_decays(draw: Draw) -> dict[str, Any]:
+        steps = draw.wide(draw.uniform(b, l, h, low=-0.7 * dt_scale, high=0.0))
+        return {**build(draw), "A": None, "dt": steps, "dt_bias": None, "dt_softplus": False}
+
+    return build_decays if decays else build
 
 
 def _trapezoidal(
@@ -223,6 +228,20 @@ def _norm(
             "z": draw.normal(2, l, d) if gated else None,
             "kind": kind,
             **options,
+        }
+
+    return build
+
+
+def _add_norm(kind: str = "rms", *, l: int = 11, d: int = 12, bare: bool = False, wide: bool = True) -> Build:
+    def build(draw: Draw) -> dict[str, Any]:
+        residual = draw.normal(2, l, d)
+        return {
+            "x": draw.normal(2, l, d),
+            "residual": draw.wide(residual) if wide else residual,
+            "weight": None if bare else draw.normal(d),
+            "bias": None if bare else draw.normal(d),
+            "kind": kind,
         }
 
     return build
@@ -327,6 +346,9 @@ CASES: tuple[Case, ...] = (
     Case("ssd", "long-steps", _ssd(dt_scale=30.0), _SCAN),
     Case("ssd", "dt-limit", _ssd(dt_limit=(0.05, 0.8)), _SCAN),
     Case("ssd", "odd-sizes", _ssd(l=37, h=3, p=17, g=1, n=33), _SCAN),
+    Case("ssd", "decays", _ssd(decays=True), _SCAN),
+    Case("ssd", "decays-one-token", _ssd(l=1, decays=True), _SCAN),
+    Case("ssd", "decays-long-packed", _ssd(b=1, l=300, h=2, packed=True, decays=True, dt_scale=9.0), _SCAN),
     Case("ssd", "one-column", _ssd(l=37, h=3, p=1, g=3, n=1), _SCAN),
     Case("ssd", "wide", _ssd(b=1, l=21, h=2, p=70, g=1, n=130), _SCAN),
     Case("ssd", "long", _ssd(b=1, l=300, h=2, g=1), _SCAN),
@@ -381,6 +403,12 @@ CASES: tuple[Case, ...] = (
     Case("norm", "layer-gated-after", _norm("layer", d=33, gated=True, norm_before_gate=True), _NORM),
     Case("norm", "wide-grouped", _norm(d=120, gated=True, group_size=40, bare=True), _NORM),
     Case("norm", "one-channel", _norm(d=1), _NORM),
+    Case("add_norm", "plain", _add_norm(), ("x", "residual")),
+    Case("add_norm", "bare", _add_norm(bare=True), ("x", "residual")),
+    Case("add_norm", "layer", _add_norm("layer", d=33), ("x", "residual")),
+    Case("add_norm", "wide", _add_norm(l=61, d=281), ("x", "residual")),
+    Case("add_norm", "one-type", _add_norm(l=7, d=40, wide=False), ("x", "residual")),
+    Case("add_norm", "one-channel", _add_norm(d=1), ("x", "residual")),
     Case("cross_entropy", "plain", _cross_entropy(), ()),
     Case("cross_entropy", "ignored", _cross_entropy(ignored=True), ()),
     Case("cross_entropy", "large-scores", _cross_entropy(scale=300.0), ()),

@@ -4,6 +4,7 @@ config.py      TrainConfig, the whole run as one frozen tree
 trainer.py     run(config): the loop
 task.py        loss, metrics and evaluation of each kind of learning
 optim.py       AdamW with parameters sorted by rule
+finetuning.py  where a run starts from, and what of it learns: all, adapters, the last layers
 schedule.py    learning rates as pure functions of the step
 ema.py         the average of the weights
 guard.py       stops at the first number that is not finite, and says where
@@ -16,19 +17,25 @@ metrics.py     sums on the device;  device.py where and how precisely;  files.py
 """
 
 from mambakit.training.checkpoint import Checkpoint, DamagedCheckpoint
-from mambakit.training.config import TrainConfig, TrainSettings
+from mambakit.training.config import FinetuneConfig, TrainConfig, TrainSettings
 from mambakit.training.evaluation import evaluate
 from mambakit.training.folder import load_run, load_tokenizer
 from mambakit.training.guard import NonFiniteError
 from mambakit.training.interrupt import Interrupted
 from mambakit.training.optim import OptimizerConfig
 from mambakit.training.schedule import ScheduleConfig
-from mambakit.training.task import LanguageModeling, SequenceClassification, TaskConfig
+from mambakit.training.task import (
+    LanguageModeling,
+    SequenceClassification,
+    TaskConfig,
+    TextClassification,
+)
 from mambakit.training.trainer import run
 
 __all__ = [
     "Checkpoint",
     "DamagedCheckpoint",
+    "FinetuneConfig",
     "Interrupted",
     "LanguageModeling",
     "NonFiniteError",
@@ -36,6 +43,7 @@ __all__ = [
     "ScheduleConfig",
     "SequenceClassification",
     "TaskConfig",
+    "TextClassification",
     "TrainConfig",
     "TrainSettings",
     "evaluate",

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from mambakit.config import Config, ConfigError, unknown
 from mambakit.data.config import DataConfig
+from mambakit.layers.lora import LoRAConfig
 from mambakit.training.optim import OptimizerConfig
 from mambakit.training.schedule import ScheduleConfig, same_so_far
 from mambakit.training.task import TaskConfig
@@ -17,6 +18,7 @@ from mambakit.training.task import TaskConfig
 Precision = Literal["auto", "float32", "bf16"]
 MatmulPrecision = Literal["highest", "high", "medium"]
 Select = Literal["last", "best"]
+Mode = Literal["full", "lora", "last-layers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,33 @@ class TrainSettings(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Config):
+    """Where a run starts from, and what of it learns.
+
+    Args:
+        source: A run folder, a checkpoint folder, or a repository of the hub.
+        mode: `full`, `lora` (adapters in the mixers) or `last-layers`.
+        lora: Settings of the adapters.
+        last_layers: Blocks that learn in the mode `last-layers`.
+
+    Raises:
+        ValueError: An unknown mode, or no layer.
+    """
+
+    source: str
+    mode: Mode = "full"
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    last_layers: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse modes and numbers that mean nothing."""
+        if self.mode not in get_args(Mode):
+            raise ValueError(unknown("mode", self.mode, get_args(Mode)))
+        if self.last_layers < 1:
+            raise ValueError(f"last_layers is {self.last_layers}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
     """A training run.
 
@@ -114,7 +143,8 @@ class TrainConfig(Config):
         task: What is learned.
         data: From what.
         model: By which model: settings of `LanguageModelConfig` or `SequenceClassifierConfig`, without the
-            sizes that the data decides.
+            sizes that the data decides. In a fine-tuning run only what differs from the source.
+        finetune: What to start from, and how; None starts from nothing.
         recipe: Name of the recipe this came from.
         optimizer: AdamW's settings.
         schedule: The learning rate over the run.
@@ -130,7 +160,8 @@ class TrainConfig(Config):
 
     task: TaskConfig
     data: DataConfig
-    model: Mapping[str, Any]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    finetune: FinetuneConfig | None = None
     recipe: str = "custom"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

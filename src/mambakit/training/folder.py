@@ -7,12 +7,14 @@ tensorboard/        and as TensorBoard events
 checkpoints/        to resume from                  (checkpoint.py)
 model.safetensors   the model to use
 tokenizer.json      for text: how it becomes tokens
+adapter/            of a LoRA run: the adapters alone  (finetuning.py)
 summary.json        what came out                   (summary.py)
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import warnings
@@ -28,6 +30,7 @@ from mambakit import files
 from mambakit.config import ConfigError, unknown
 from mambakit.data.config import DataConfig
 from mambakit.data.tokenizers import Tokenizer, tokenizer_from
+from mambakit.layers import lora
 from mambakit.training import checkpoint
 from mambakit.training.config import TrainConfig
 
@@ -97,13 +100,13 @@ def load_run(path: str | os.PathLike[str]) -> tuple[nn.Module, TrainConfig, Data
         ConfigError: No run there, or nothing learned yet, or a file in it is damaged.
     """
     folder = _existing(path)
-    config = _read_config(folder)
+    config = _with_own_vocabulary(_read_config(folder), folder)
     model = config.task.build_model(config.model)
     try:
         if (folder / MODEL).exists():
             load_model(model, folder / MODEL)
         else:
-            _load_newest(folder, model, averaged=config.train.ema is not None)
+            _load_newest(folder, model, config)
     except (SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{folder}: the weights cannot be loaded ({str(error).splitlines()[0]})") from None
     return model.eval(), config, config.data
@@ -130,12 +133,23 @@ def model_note(folder: Path) -> dict[str, str]:
         return {}
 
 
-def _load_newest(folder: Path, model: nn.Module, averaged: bool) -> None:
+def _with_own_vocabulary(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Let data whose vocabulary was learned use what was learned."""
+    if getattr(config.data, "vocabulary", None) != "subwords" or not (folder / TOKENIZER).is_file():
+        return config
+    data = dataclasses.replace(config.data, vocabulary=str(folder / TOKENIZER))
+    return dataclasses.replace(config, data=data)
+
+
+def _load_newest(folder: Path, model: nn.Module, config: TrainConfig) -> None:
     found, refused = checkpoint.newest(folder / CHECKPOINTS)
     if found is None:
         raise ConfigError(f"{folder} holds no model yet{': ' if refused else ''}{'; '.join(refused)}")
     warnings.warn(f"{folder} is not finished: using its checkpoint of step {found.step}", stacklevel=3)
-    found.load_into("ema" if averaged else "model", model)
+    if config.finetune is not None and config.finetune.mode == "lora":
+        lora.add_adapters(model, config.finetune.lora)
+    found.load_into("ema" if config.train.ema is not None else "model", model)
+    lora.fold(model)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

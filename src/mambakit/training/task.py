@@ -21,7 +21,14 @@ from mambakit.data.config import DataConfig
 from mambakit.data.samples import IGNORED
 from mambakit.layers.chunked_loss import summed_cross_entropy
 from mambakit.layers.mixer import Context
-from mambakit.models import LanguageModel, LanguageModelConfig, SequenceClassifier, SequenceClassifierConfig
+from mambakit.models import (
+    LanguageModel,
+    LanguageModelConfig,
+    SequenceClassifier,
+    SequenceClassifierConfig,
+    TextClassifier,
+    TextClassifierConfig,
+)
 from mambakit.training.device import move
 from mambakit.training.metrics import Sums
 
@@ -291,6 +298,115 @@ class SequenceClassification(TaskConfig, tag="sequence-classification"):
         """Loss and accuracy."""
         targets = max(sums["targets"], 1.0)
         return {"loss": sums["nats"] / targets, "accuracy": 1.0 - sums["wrong"] / targets}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextClassification(TaskConfig, tag="text-classification"):
+    """Name the class of each of the packed documents; the loss is the mean cross entropy in nats.
+
+    Args:
+        label_smoothing: Share of the probability that is spread over all classes, in [0, 1).
+        language_weight: Weight of the language model's own loss on the same documents, which keeps what it
+            knows from being forgotten (Chronopoulou et al., 1902.10547, for the idea); 0 is none.
+
+    Raises:
+        ValueError: A number out of range.
+    """
+
+    label_smoothing: float = 0.0
+    language_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, expected a number in [0, 1)")
+        if not self.language_weight >= 0:
+            raise ValueError(f"language_weight is {self.language_weight}, expected a number >= 0")
+
+    def complete(self, model: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
+        """Fill in `n_classes` and `vocab_size`; a larger vocabulary may be given."""
+        if data.n_classes is None or data.vocab_size is None:
+            raise ConfigError(f"data.type: text classification needs texts with classes, not {data.tag!r}")
+        needed, given = data.vocab_size, model.get("vocab_size", data.vocab_size)
+        if isinstance(given, int) and given < needed:
+            raise ConfigError(f"model.vocab_size: {given} is too small for the {needed} tokens of the data")
+        classes = model.get("n_classes", data.n_classes)
+        if classes != data.n_classes:
+            raise ConfigError(
+                f"model.n_classes: {classes!r} does not suit the data, which has {data.n_classes}"
+            )
+        return {**model, "vocab_size": given, "n_classes": classes}
+
+    def build_model(self, model: Mapping[str, Any], data: DataConfig | None = None) -> TextClassifier:
+        """Make a text classifier."""
+        settings = model if data is None else self.complete(model, data)
+        return _built(TextClassifier, TextClassifierConfig.from_dict(settings, where="model"))
+
+    def targets(self, batch: Batch) -> int:
+        """Documents."""
+        return int((batch["label"] != IGNORED).sum())
+
+    def tokens(self, batch: Batch) -> int:
+        """Tokens of all documents, filling included."""
+        return batch["tokens"].numel()
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Add the next token of every token inside its document, where the language is learned too."""
+        if not self.language_weight:
+            return batch
+        tokens, ends = batch["tokens"], batch["lengths"].cumsum(0) - 1
+        following = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).clone()
+        following[:, ends] = IGNORED
+        following[:, int(ends[-2]) + 1 if len(ends) > 1 else 0 :] = IGNORED  # the filling
+        return {**batch, "following": following}
+
+    def loss(
+        self, model: TextClassifier, batch: Batch, targets: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross entropy of the classes; see `TaskConfig.loss`."""
+        label, lengths, context = batch["label"], batch["lengths"], Context()
+        features = model.features(batch["tokens"], lengths, context)  # (1, t, d)
+        logits = model.classify(features, lengths)  # (n, k)
+        nats, _ = _score(logits, label)
+        sums = self._sums(nats, logits, label)
+        loss = nats
+        if self.label_smoothing:
+            smooth = self.label_smoothing
+            spread = -torch.log_softmax(logits.float(), -1).mean(-1)[label != IGNORED].sum()
+            loss = (1 - smooth) * nats + smooth * spread
+        if self.language_weight and model.training:
+            following = batch["following"].flatten()
+            language, _ = _head_loss(model.language, features[0], following)
+            # A mean over tokens, weighted by the documents of this part of the batch.
+            share = sums["targets"] / (following != IGNORED).sum().clamp(min=1)
+            loss = loss + self.language_weight * share * language
+        for extra in context.losses:  # means over this part of the batch, so weighted by its share
+            loss = loss + extra * sums["targets"]
+        return loss / (sums["targets"] if targets is None else targets), sums
+
+    def _sums(self, nats: Tensor, logits: Tensor, label: Tensor) -> dict[str, Tensor]:
+        """Nats, and how many documents of each class were taken for each class."""
+        classes = logits.shape[-1]
+        known = label != IGNORED
+        cells = torch.where(known, label * classes + logits.detach().argmax(-1), classes * classes)
+        counts = torch.zeros(classes * classes + 1, device=label.device, dtype=torch.int64)
+        counts.scatter_add_(0, cells, torch.ones_like(cells))
+        sums = {f"class_{i}_as_{j}": counts[i * classes + j] for i in range(classes) for j in range(classes)}
+        return {"nats": nats.detach(), "targets": known.sum(), **sums}
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Loss, accuracy, and F1: of class 1 where there are two classes, else the mean over the classes."""
+        classes = math.isqrt(len(sums) - 2)
+        counts = [[sums[f"class_{i}_as_{j}"] for j in range(classes)] for i in range(classes)]
+        right = [counts[i][i] for i in range(classes)]
+        said = [sum(row[i] for row in counts) for i in range(classes)]
+        f1 = [2 * right[i] / max(said[i] + sum(counts[i]), 1.0) for i in range(classes)]
+        targets = max(sums["targets"], 1.0)
+        return {
+            "loss": sums["nats"] / targets,
+            "accuracy": sum(right) / targets,
+            "f1": f1[1] if classes == 2 else sum(f1) / classes,
+        }
 
 
 def _built(kind: type[M], config: Config) -> M:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mambakit import files
 from mambakit.config import ConfigError, to_dict
 from mambakit.data.loader import batches
-from mambakit.training import checkpoint, device, evaluation, folder, optim, summary
+from mambakit.training import checkpoint, device, evaluation, finetuning, folder, optim, summary
 from mambakit.training.config import TrainConfig, check_resumable
 from mambakit.training.ema import Average
 from mambakit.training.graph import StepGraph
@@ -73,10 +73,14 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, stop: StopRequest) -> None:
-        self.config, self.settings, self.task, self.stop = config, config.train, config.task, stop
+        self.settings, self.task, self.stop = config.train, config.task, stop
         self.device = device.choose(config.device)
         torch.manual_seed(config.seed)
-        self.model = self.task.build_model(config.model, config.data).to(self.device)
+        if config.finetune is None:
+            model = self.task.build_model(config.model, config.data)
+        else:
+            config, model = finetuning.start(config)
+        self.config, self.model = config, model.to(self.device)
         self.resolved = {**to_dict(config), "model": to_dict(self.model.config)}
         self.average = Average(self.model, self.settings.ema) if self.settings.ema else None
         self.model.backbone.checkpoint_blocks = self.settings.activation_checkpointing
@@ -327,7 +331,9 @@ class Trainer:
             self._write_model({"step": str(self.step), "val_loss": repr(loss)})
 
     def _write_model(self, note: dict[str, str]) -> None:
-        files.replace_module(self.config.folder / folder.MODEL, self.result_model, note)
+        model = finetuning.finished(self.result_model)
+        files.replace_module(self.config.folder / folder.MODEL, model, note)
+        finetuning.write_adapter(self.result_model, self.config)
 
     def _stoppable(self, stream: Iterable[Batch]) -> Iterator[Batch]:
         for batch in stream:
@@ -369,6 +375,7 @@ class Trainer:
         """Settle which model is left behind, and measure it on everything."""
         model, path = self.result_model, self.config.folder / folder.MODEL
         if self.settings.select == "best" and path.exists():
+            model = finetuning.finished(model)
             load_model(model, path)
         else:
             self._write_model({"step": str(self.step)})
@@ -386,7 +393,8 @@ class Trainer:
             "metrics": metrics,
             "steps": self.step,
             "model_step": int(folder.model_note(self.config.folder)["step"]),
-            "parameters": sum(p.numel() for p in self.parameters),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trained_parameters": sum(p.numel() for p in self.parameters),
             "parameter_groups": [group.row for group in self.groups],
             "samples_seen": self.step * self.settings.batch_size,
             "tokens_seen": self.tokens_seen,

@@ -16,6 +16,7 @@ from mambakit.generation.engine.engine import DecodeEngine
 from mambakit.generation.engine.weights import FORMS, Form
 from mambakit.generation.recorded import RecordedDecoder
 from mambakit.generation.recorded import choice as recorded
+from mambakit.layers.quantised import RoundedExperts, form_of
 from mambakit.ops.dispatch import is_forced
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ def engine_for(
     An engine asked for by name that cannot be had is said once, with the reason, as a warning. On a GPU
     `auto` records where the model allows it and more than a few tokens are to come. On a CPU it takes an
     engine where the model and this machine allow it, nothing is lost (float32, or bfloat16 for a model in
-    bfloat16), no backend of the operators is forced, more than a few tokens are to come, and its weights
-    leave half of the free memory. The last engine of a model is kept until its parameters change or the model
-    is gone.
+    bfloat16; none for rounded weights), no backend of the operators is forced, more than a few tokens are to
+    come, and its weights leave half of the free memory. The last engine of a model is kept until its
+    parameters change or the model is gone.
 
     Args:
         model: The model that generates.
@@ -63,8 +64,8 @@ def engine_for(
         raise ValueError(f"engine: {unknown('choice', wanted, CHOICES)}")
     if wanted == "off":
         return None
-    if wanted == "auto" and is_forced():
-        return None
+    if wanted == "auto" and (is_forced() or any(isinstance(m, RoundedExperts) for m in model.modules())):
+        return None  # rounded experts are chosen on the host, which cannot be recorded
     if wanted == "recorded" or (wanted == "auto" and any(p.is_cuda for p in model.parameters())):
         reason = recorded.reason_against(model, state, batch)
         if reason is None and (wanted != "auto" or recorded.is_worth_it(model, max_tokens)):
@@ -72,7 +73,11 @@ def engine_for(
         if reason is not None and wanted != "auto":
             _say_once(f"generating without a recorded step: {reason}")
         return None
+    if wanted == "auto" and form_of(model) is not None:
+        return None  # its own form would round activations too, any other takes the memory that was saved
     reason = DecodeEngine.supports(model) or DecodeEngine.unsupported_state(model, state, batch)
+    if reason is None and wanted != "auto":
+        reason = DecodeEngine.unsupported_form(model, wanted)
     if reason is not None:
         if wanted != "auto":
             _say_once(f"generating without the {wanted} engine: {reason}")

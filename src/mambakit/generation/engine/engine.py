@@ -18,12 +18,13 @@ from mambakit.generation.settings import unknown_setting
 from mambakit.layers.conv import CausalConv1d
 from mambakit.layers.mixer import State
 from mambakit.layers.norm import GatedRMSNorm, RMSNorm
+from mambakit.layers.quantised import RoundedLinear, form_of
 from mambakit.layers.selective_ssm import SelectiveSSM
 from mambakit.models.language import LanguageModel
 from mambakit.ops import native
 
 # Parts that the engine computes by itself: it reads their parameters, so they must be exactly these.
-_PARTS = (nn.Linear, nn.Embedding, CausalConv1d, RMSNorm, GatedRMSNorm, SelectiveSSM, *MIXERS)
+_PARTS = (nn.Linear, RoundedLinear, nn.Embedding, CausalConv1d, RMSNorm, GatedRMSNorm, SelectiveSSM, *MIXERS)
 _FRAMES = (nn.ModuleList, nn.Identity, nn.Dropout)
 _THREAD_BYTES = 32 << 10  # a phase is worth another thread for so many bytes of weights
 
@@ -53,6 +54,8 @@ class DecodeEngine:
         if weights not in FORMS:
             raise ValueError(f"weights: {unknown('form', weights, FORMS)}")
         reason = self.supports(model)
+        if reason is None:
+            reason = self.unsupported_form(model, weights)
         if reason is not None:
             raise ValueError(f"the decode engine cannot take this model: {reason}")
         self.weights = weights
@@ -101,6 +104,22 @@ class DecodeEngine:
                 dtype = str(parameter.dtype).removeprefix("torch.")
                 return f"{name} is {dtype}; it takes float32 and bfloat16"
         return native.load().reason
+
+    @staticmethod
+    def unsupported_form(model: nn.Module, weights: Form) -> str | None:
+        """Say why a model's weights cannot be kept in a form, or `None`.
+
+        Args:
+            model: Any model.
+            weights: The form.
+
+        Returns:
+            The reason: weights that are rounded already are not rounded to other integers.
+        """
+        own = form_of(model)
+        if own is None or weights not in ("int8", "int4") or weights == own:
+            return None
+        return f"its weights are {own} already, not to be made {weights}"
 
     @staticmethod
     def has_vnni() -> bool:

@@ -24,6 +24,7 @@ from mambakit.layers.mamba2 import Mamba2
 from mambakit.layers.mixer import Mixer
 from mambakit.layers.mlp import GatedMLP
 from mambakit.layers.norm import GatedRMSNorm, RMSNorm
+from mambakit.layers.quantised import RoundedLinear
 from mambakit.models.language import LanguageModel
 
 MOST_BATCH = 16
@@ -121,7 +122,7 @@ class _Builder:
             _LAY[type(block.mixer)](self, str(number), block.norm, block.mixer)
         head = self.model.lm_head
         norm = self.norm(self.model.backbone.norm_f)
-        self.linear(self.residual, head.in_features, [self.product(head.weight, None, _STORE)], norm)
+        self.linear(self.residual, head.in_features, [self.product(matrix(head), None, _STORE)], norm)
         phases = (Phase * len(self.phases))(*self.phases)
         return Program(phases, self.residual, self.leaves, self.widest, self.arena.taken, self.kept)
 
@@ -202,7 +203,7 @@ class _Builder:
     def parts(self, linear: nn.Linear, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Weight and bias of a linear layer in parts of so many rows."""
         biases = itertools.repeat(None) if linear.bias is None else linear.bias.split(sizes)
-        return zip(linear.weight.split(sizes), biases, strict=False)
+        return zip(matrix(linear).split(sizes), biases, strict=False)
 
     def conv(self, block: str, conv: CausalConv1d) -> ctypes.Structure:
         return Conv(
@@ -225,7 +226,7 @@ class _Builder:
         stream = self.product(*stream_part, _CONV, x, self.conv(block, mixer.conv1d))
         gates = self.product(*gate_part, _SILU, gate)
         self.linear(self.residual, mixer.in_proj.in_features, [stream, gates], self.norm(norm))
-        self.linear(x, d, [self.product(ssm.x_proj.weight, None, _STORE, projected)])
+        self.linear(x, d, [self.product(matrix(ssm.x_proj), None, _STORE, projected)])
         scan = Scan(
             dt_bias=self.constant(ssm.dt_bias),
             A=self.constant(-torch.exp(ssm.A_log.detach()) * _LOG2_E),
@@ -240,8 +241,8 @@ class _Builder:
             n=n,
             state=self.state(block, "ssm"),
         )
-        self.linear(projected, rank, [self.product(ssm.dt_proj.weight, None, _SCAN, y, scan)])
-        self.linear(y, d, [self.product(mixer.out_proj.weight, mixer.out_proj.bias, _ADD, self.residual)])
+        self.linear(projected, rank, [self.product(matrix(ssm.dt_proj), None, _SCAN, y, scan)])
+        self.linear(y, d, [self.product(matrix(mixer.out_proj), mixer.out_proj.bias, _ADD, self.residual)])
 
     def mamba2(self, block: str, norm: RMSNorm, mixer: Mamba2) -> None:
         config, (d, channels, heads) = mixer.config, mixer.split
@@ -275,7 +276,7 @@ class _Builder:
         )
         per_task = max(1, _TASK_BYTES // (64 * config.d_state))
         self.phases.append(Phase(heads=self.keep(states), per_task=per_task))
-        out = self.product(mixer.out_proj.weight, mixer.out_proj.bias, _ADD, self.residual)
+        out = self.product(matrix(mixer.out_proj), mixer.out_proj.bias, _ADD, self.residual)
         self.linear(y, d, [out], self.gated_norm(mixer.norm, gate))
 
     def gated_norm(self, norm: GatedRMSNorm, gate: Buffer) -> int:
@@ -300,7 +301,7 @@ class _Builder:
         ]
         self.linear(self.residual, mixer.in_proj.in_features, products, self.norm(norm))
         gated = self.keep(Prepare(gate=gate.pointer, gate_stride=gate.stride))
-        out = self.product(mixer.out_proj.weight, mixer.out_proj.bias, _ADD, self.residual)
+        out = self.product(matrix(mixer.out_proj), mixer.out_proj.bias, _ADD, self.residual)
         self.linear(value, hidden, [out], gated)
 
 
@@ -311,6 +312,11 @@ _LAY: dict[type[Mixer], Callable[[_Builder, str, RMSNorm, Mixer], None]] = {
 }
 MIXERS = tuple(_LAY)
 """Classes of mixers that can be laid down; a subclass may compute something else and is not one of them."""
+
+
+def matrix(linear: nn.Linear | RoundedLinear) -> Tensor:
+    """A linear layer's weight; of a rounded one what it stands for, which packs to the same integers."""
+    return linear.restored(torch.float32) if isinstance(linear, RoundedLinear) else linear.weight
 
 
 def size(model: LanguageModel, form: Form) -> int:
@@ -325,7 +331,7 @@ def _capacity(model: LanguageModel, form: Form) -> int:
     """
     total = 0
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, RoundedLinear)):
             total += packed_size(module.out_features + 3 * PANEL, module.in_features, form) + 4 * ALIGNMENT
     own = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     return total + sum(

@@ -11,6 +11,7 @@ constexpr bool FORWARD = false;
 
 KERNEL(SUMMARISE, THREADS, 4) {
     const Place at(p);
+    if (at.segment == (FORWARD ? p.segments - 1 : 0)) return;  // no segment lies beyond it
     constexpr int STREAMS = FORWARD ? 2 : 2 + GATED;     // dt, and x or dy, z
     IO* raw = (IO*)shared_memory;                        // [2][STREAMS][T][RAW]
     IO* raw_BC = raw + 2 * STREAMS * TILE;               // [2][B or C][T][NP]

@@ -15,12 +15,12 @@ from mambakit.ops.dispatch import Op
 from mambakit.ops.ssd import chunked, cpu, reference, triton
 
 
-def _flops(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: object) -> int:
+def _flops(x: Tensor, dt: Tensor, A: Tensor | None, B: Tensor, *_: object) -> int:
     # The recurrent form: decay, outer product and read-out, two operations each per state element.
     return 6 * x.numel() * B.shape[-1]
 
 
-def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: object) -> list[Tensor]:
+def _fake(x: Tensor, dt: Tensor, A: Tensor | None, B: Tensor, *_: object) -> list[Tensor]:
     batch, _, h, p = x.shape
     state = torch.promote_types(x.dtype, torch.float32)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -39,7 +39,7 @@ _op = Op(
 def ssd(
     x: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     C: Tensor,
     D: Tensor | None = None,
@@ -59,10 +59,13 @@ def ssd(
         h_t = exp(dt'_t A) h_{t-1} + dt'_t x_t B_t^T
         y_t = h_t C_t + D x_t
 
+    Without `A`, `dt` holds the logarithms of the decays themselves, and inputs enter as they are:
+    `h_t = exp(dt_t) h_{t-1} + x_t B_t^T`. That is what other recurrences with one decay per head are made of.
+
     Args:
         x: Inputs `(b, l, h, p)`.
-        dt: Step sizes `(b, l, h)`, in the time unit of `1 / A`.
-        A: Continuous decay rates `(h,)`, negative for a stable system.
+        dt: Step sizes `(b, l, h)`, in the time unit of `1 / A`; or logarithms of decays.
+        A: Continuous decay rates `(h,)`, negative for a stable system; `None` where `dt` says it all.
         B: Input vectors `(b, l, g, n)`; heads are split evenly into `g` groups.
         C: Output vectors `(b, l, g, n)`.
         D: Skip weights `(h,)` or `(h, p)`.
@@ -81,7 +84,7 @@ def ssd(
 
     Raises:
         ValueError: Shapes that do not fit, heads not divisible into groups, an empty sequence, an empty
-            `dt_limit`, or a backend that cannot take the inputs.
+            `dt_limit`, settings of step sizes where there are none, or a backend that cannot take the inputs.
 
     Source:
         Dao and Gu, "Transformers are SSMs" (2405.21060), sections 5 and 6, listing 1.
@@ -104,6 +107,8 @@ def ssd(
     dt_min, dt_max = map(float, dt_limit)
     if not dt_min <= dt_max:
         raise ValueError(f"ssd: dt_limit is {dt_limit}, expected (least, greatest)")
+    if A is None and (dt_softplus or dt_bias is not None or (dt_min, dt_max) != (0.0, torch.inf)):
+        raise ValueError("ssd: without A, dt is no step size; expected no dt_bias, dt_softplus or dt_limit")
     return _op(
         x,
         dt,

@@ -7,13 +7,14 @@ products.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mambakit.ops.chunks import fold, pairwise_decay, reach
 from mambakit.ops.linear_scan.chunked import linear_scan
 from mambakit.ops.ssd import reference
-from mambakit.ops.step_size import step_size
 
 CHUNK = 64
 """Tokens per chunk: where the quadratic and the state products cost about the same at usual sizes."""
@@ -22,7 +23,7 @@ CHUNK = 64
 def ssd(
     x: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     C: Tensor,
     D: Tensor | None = None,
@@ -37,22 +38,53 @@ def ssd(
     batch, length, heads, p = x.shape
     if length == 1:
         return reference.ssd(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, dt_min, dt_max)
-    groups, n = B.shape[2:]
-    per_group = heads // groups
+    n = B.shape[-1]
     q = min(CHUNK, length)
     c = -(-length // q)
     out_type, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    A = A.to(work)
-    skip = x
-    dt = step_size(dt.to(work), dt_bias, dt_softplus, dt_min, dt_max)
+    x, dt, B, C = (t.to(work) for t in (x, dt, B, C))
+    u, steps = reference.entering(x, dt, A, dt_bias, dt_softplus, dt_min, dt_max)
 
-    # Whole chunks; the padding has dt = 0: it neither decays the state nor adds to it.
-    x, dt, B, C = (fold(t.to(work), c, q) for t in (x, dt, B, C))
-    steps = (dt * A).permute(0, 1, 3, 2)  # (b, c, h, q), logarithms of the decays
-    u = (x * dt.unsqueeze(-1)).transpose(2, 3)  # (b, c, h, q, p)
-    B, C = (t.transpose(2, 3) for t in (B, C))  # (b, c, g, q, n)
+    # Whole chunks; in the padding nothing decays and nothing enters.
+    u, steps, B, C = (fold(t, c, q) for t in (u, steps, B, C))
     documents = None if seq_idx is None else fold(seq_idx, c, q, repeat_last=True)
-    sees, from_entry = reach(documents, q, x.device)  # (..., q, q), (b, c, q)
+    entry = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state.to(work)
+    y, final = by_chunks(u, steps, B, C, entry, documents)
+    y = y[:, :length]
+    if D is not None:
+        y = torch.addcmul(y, (D if D.dim() == 2 else D[:, None]).to(work), x)
+    return y.to(out_type), final
+
+
+def by_chunks(
+    u: Tensor,
+    steps: Tensor,
+    B: Tensor,
+    C: Tensor,
+    entry: Tensor,
+    documents: Tensor | None = None,
+    scan: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = linear_scan,
+) -> tuple[Tensor, Tensor]:
+    """`h_t = exp(steps_t) h_{t-1} + u_t B_t^T`, `y_t = h_t C_t`, over whole chunks.
+
+    Args:
+        u: What enters `(b, c, q, h, p)`.
+        steps: Logarithms of the decays `(b, c, q, h)`.
+        B: Input vectors `(b, c, q, g, n)`.
+        C: Output vectors `(b, c, q, g, n)`.
+        entry: State before the first token `(b, h, p, n)`.
+        documents: Document numbers `(b, c, q)`.
+        scan: The recurrence over chunks: factors `(b, c, h, 1, 1)`, inputs `(b, c, h, p, n)` and entry to all
+            states and the last one.
+
+    Returns:
+        Outputs `(b, c q, h, p)` and the final state `(b, h, p, n)`.
+    """
+    (q, heads, p), groups = u.shape[2:], B.shape[3]
+    per_group = heads // groups
+    steps, u = steps.transpose(2, 3), u.transpose(2, 3)  # (b, c, h, q), (b, c, h, q, p)
+    B, C = (t.transpose(2, 3) for t in (B, C))  # (b, c, g, q, n)
+    sees, from_entry = reach(documents, q, u.device)  # (..., q, q), (b, c, q)
 
     # Inside a chunk: masked, decayed attention.
     decay = pairwise_decay(steps)  # (b, c, h, q, q)
@@ -68,17 +100,11 @@ def ssd(
     since_entry = steps.cumsum(-1).exp()  # (b, c, h, q)
     if from_entry is not None:
         since_entry = torch.where(from_entry, since_entry, 0.0)
-    entry = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state.to(work)
-    passed = since_entry[..., -1, None, None].expand_as(left)
-    states, final = linear_scan(passed, left, entry)
+    states, final = scan(since_entry[..., -1, None, None], left, entry)
     entering = torch.cat([entry.unsqueeze(1), states[:, :-1]], dim=1)
 
     # What the entering state contributes to every token of the chunk.
     entering = entering.unflatten(2, (groups, per_group)).flatten(3, 4)  # (b, c, g, h/g p, n)
     carried = (C @ entering.mT).unflatten(-1, (per_group, p)).transpose(3, 4).flatten(2, 3)  # (b, c, h, q, p)
     y = torch.addcmul(y, carried, since_entry.unsqueeze(-1))
-
-    y = y.transpose(2, 3).reshape(batch, c * q, heads, p)[:, :length]
-    if D is not None:
-        y = torch.addcmul(y, (D if D.dim() == 2 else D[:, None]).to(work), skip.to(work))
-    return y.to(out_type), final
+    return y.transpose(2, 3).flatten(1, 2), final

@@ -28,7 +28,7 @@ _NO_GRADIENTS = (0,) * 10
 def unsupported(
     x: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
@@ -43,7 +43,7 @@ def unsupported(
 def infer(
     x: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
@@ -67,7 +67,7 @@ def infer(
 def forward(
     x: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
@@ -85,7 +85,9 @@ def forward(
     return [y.to(x.dtype), final], saved
 
 
-def saved_like(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: Tensor | bool | float | None) -> list[Tensor]:
+def saved_like(
+    x: Tensor, dt: Tensor, A: Tensor | None, B: Tensor, *_: Tensor | bool | float | None
+) -> list[Tensor]:
     """Room for the states that the backward pass starts from."""
     batch, length, heads, p = x.shape
     return [x.new_empty((batch, (length - 1) // SEGMENT, heads, p, B.shape[-1]), dtype=torch.float32)]
@@ -96,7 +98,7 @@ def backward(
     grads: list[Tensor],
     x: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
@@ -146,7 +148,7 @@ class _Inputs:
         self,
         x: Tensor,
         dt: Tensor,
-        A: Tensor,
+        A: Tensor | None,
         B: Tensor,
         C: Tensor,
         D: Tensor | None,

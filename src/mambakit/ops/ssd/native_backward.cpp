@@ -206,7 +206,7 @@ class WalkBack {
         inputs(piece, tile, grad_dt);
         through_states(piece, tile, state, grad_log);
         for (int t = piece.begin; t < piece.end; ++t) {
-            const double raw = step.slope[t] * (grad_dt[t] + a.A[head] * grad_log[t]);
+            const double raw = a.A ? step.slope[t] * (grad_dt[t] + a.A[head] * grad_log[t]) : grad_log[t];
             const int64_t place = (task.row * a.l + segment + tile + t) * a.h + head;
             store(static_cast<T*>(a.grad_dt) + place, broadcast(static_cast<float>(raw)), 1);
             sum_A += step.dt[t] * grad_log[t];
@@ -423,7 +423,7 @@ void add_places(const Args& a, const Plan& plan, const Places& places) {
             A += places.A[place];
             bias += places.bias[place];
         }
-        a.grad_A[head] = static_cast<float>(A);
+        if (a.grad_A) a.grad_A[head] = static_cast<float>(A);
         if (a.grad_bias) a.grad_bias[head] = static_cast<float>(bias);
         for (int64_t c = 0; a.grad_D && c < a.p; ++c) {
             double channel = 0;

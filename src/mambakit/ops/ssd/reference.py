@@ -12,7 +12,7 @@ from mambakit.ops.step_size import step_size
 def ssd(
     x: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     C: Tensor,
     D: Tensor | None = None,
@@ -27,8 +27,8 @@ def ssd(
     batch, length, heads, p = x.shape
     groups, n = B.shape[2:]
     out_type, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    x, dt, A, B, C = (t.to(work) for t in (x, dt, A, B, C))
-    dt = step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
+    x, dt, B, C = (t.to(work) for t in (x, dt, B, C))
+    u, steps = entering(x, dt, A, dt_bias, dt_softplus, dt_min, dt_max)
     keep = None if seq_idx is None else same_document(seq_idx)
     state = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state.to(work)
     ys = []
@@ -36,10 +36,25 @@ def ssd(
         B_t, C_t = (M[:, t].repeat_interleave(heads // groups, dim=1) for M in (B, C))  # (b, h, n)
         if keep is not None:
             state = torch.where(keep[:, t, None, None, None], state, torch.zeros_like(state))
-        decay = torch.exp(dt[:, t] * A)[..., None, None]
-        state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * B_t[:, :, None]
+        state = steps[:, t, :, None, None].exp() * state + u[:, t, ..., None] * B_t[:, :, None]
         ys.append((state * C_t[:, :, None]).sum(-1))
     y = torch.stack(ys, dim=1)
     if D is not None:
         y = y + (D if D.dim() == 2 else D[:, None]).to(work) * x
     return y.to(out_type), state
+
+
+def entering(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> tuple[Tensor, Tensor]:
+    """What enters the state `(b, l, h, p)`, and the logarithms of the decays `(b, l, h)`."""
+    if A is None:
+        return x, dt
+    dt = step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
+    return x * dt.unsqueeze(-1), dt * A.to(dt.dtype)

@@ -24,7 +24,7 @@ struct Args {
     int64_t B_batch, B_token, B_group;
     const void* C;
     int64_t C_batch, C_token, C_group;
-    const float* A;         // (h,)
+    const float* A;         // (h,) or null: then `dt` is the logarithm of the decay and x enters unscaled
     const float* D;         // (h,) or (h, p) or null
     const float* bias;      // (h,) or null
     const float* initial;   // (b, h, p, n) or null
@@ -250,7 +250,7 @@ MAMBAKIT_INLINE void scale_row(float* to, const float* from, float by, int64_t s
 // Step sizes and decays of one head in one tile
 
 struct Steps {
-    alignas(64) float dt[TILE];      // after bias, softplus and clamp; zero beyond the sequence
+    alignas(64) float dt[TILE];      // after bias, softplus and clamp; 1 without A; zero beyond the sequence
     alignas(64) float slope[TILE];   // its derivative by the raw step size
     alignas(64) double log[TILE];    // logarithms of the decays, dt A
     alignas(64) double decay[TILE];  // float64: the error of a product of decays grows with the product's length
@@ -258,6 +258,11 @@ struct Steps {
     template <class T>
     void compute(const Args& a, int64_t row, int64_t head, int64_t begin, int count, bool slopes) {
         const T* from = static_cast<const T*>(a.dt) + row * a.dt_batch + begin * a.dt_token + head * a.dt_head;
+        if (!a.A) {
+            for (int t = 0; t < TILE; ++t) dt[t] = t < count, log[t] = t < count ? widen(from[t * a.dt_token]) : 0;
+            for (int t = 0; t < TILE; t += DOUBLES) store(decay + t, exp(load(log + t)));
+            return;
+        }
         const float bias = a.bias ? a.bias[head] : 0;
         for (int t = 0; t < TILE; ++t) dt[t] = t < count ? widen(from[t * a.dt_token]) + bias : 0;
         const bool clamp = a.dt_min != 0 || a.dt_max != INFINITY;

@@ -38,12 +38,13 @@ LAUNCH = {
 _PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
 
-def unsupported(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: Any) -> str | None:
+def unsupported(x: Tensor, dt: Tensor, A: Tensor | None, B: Tensor, C: Tensor, *_: Any) -> str | None:
     """Why the kernels cannot take these inputs, or None."""
     if reason := triton_utils.runs_on(x.device):
         return reason
-    if common_type(x, dt, B, C) not in dtypes:
-        return f"takes float32, bfloat16 and float16, not {common_type(x, dt, B, C)}"
+    common = common_type(x, B, C) if A is None else common_type(x, dt, B, C)
+    if common not in dtypes:
+        return f"takes float32, bfloat16 and float16, not {common}"
     if x.shape[3] > MOST_CHANNELS:
         return f"takes heads of up to {MOST_CHANNELS} channels, not {x.shape[3]}"
     if B.shape[3] > MOST_STATES:
@@ -85,7 +86,7 @@ class _Call:
         self,
         x: Tensor,
         dt: Tensor,
-        A: Tensor,
+        A: Tensor | None,
         B: Tensor,
         C: Tensor,
         D: Tensor | None,
@@ -103,9 +104,10 @@ class _Call:
         self.batch, self.length, self.h, self.p = x.shape
         self.groups, self.n = B.shape[2:]
         self.per_group = self.h // self.groups
-        common = common_type(x, dt, B, C)
+        # Logarithms keep their digits: they are few, and summed.
+        common = common_type(x, B, C) if A is None else common_type(x, dt, B, C)
         self.x, self.B, self.C = (rows(t, common) for t in (x, B, C))
-        self.dt = dt.to(common)
+        self.dt = dt.to(torch.float32 if A is None else common)
         self.A, self.D, self.dt_bias, self.initial = (scalars(t) for t in (A, D, dt_bias, initial_state))
         self.seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
         self.limits = {"dt_min": dt_min, "dt_max": dt_max}
@@ -150,7 +152,7 @@ class _Call:
     def backward(self, dy: Tensor, dfinal: Tensor) -> dict[str, Tensor | None]:
         dy, dfinal = rows(dy, self.x.dtype), scalars(dfinal)
         decays = self._prepare()
-        steps, since, entry, end, total, borders = decays
+        steps, logs, since, entry, end, total, borders = decays
         segment, count = self._segments(2)
         local, passed = self._summaries(self.x, self.B, decays, segment, count, reverse=False)
         dlocal, dpassed = self._summaries(dy, self.C, decays, segment, count, reverse=True)
@@ -167,13 +169,13 @@ class _Call:
         )  # fmt: skip
 
         wide = {"dtype": torch.float32, "device": self.device}
-        dx, ddt = (torch.empty(t.shape, **like_x) for t in (self.x, self.dt))
+        dx, ddt = (torch.empty(t.shape, dtype=t.dtype, device=self.device) for t in (self.x, self.dt))
         dsteps, dlogs = (torch.empty_like(steps) for _ in range(2))
         dD = None if self.D is None else torch.empty(*by_chunk, self.p, **wide)
         programs = self.batch * self.chunks * self.groups
         together, parts = self._heads_together(programs)
         kernels.input_gradients[(programs * parts,)](
-            self.x, dy, self.B, self.C, self.A, self.D, steps, since, end, borders, leaving,
+            self.x, dy, self.B, self.C, self.A, self.D, steps, logs, since, end, borders, leaving,
             dx, dsteps, dlogs, dD, *strides, *self._skip_strides(),
             self.length, self.h, self.groups, self.per_group, together, self.chunks,
             Q=CHUNK, **self.sizes, **self.packed, **self.precision, **LAUNCH["input_gradients"],
@@ -184,7 +186,7 @@ class _Call:
         dB, dC = (torch.empty(parts, *self.B.shape, **wide) for _ in range(2))
         inflow, overlap = (torch.empty(state_parts, *t.shape, **wide) for t in (steps, total))
         kernels.matrix_gradients[(programs * parts, state_parts)](
-            self.x, dy, self.B, self.C, self.A, steps, since, entry, end, borders, entering, leaving,
+            self.x, dy, self.B, self.C, self.A, steps, logs, since, entry, end, borders, entering, leaving,
             dB, dC, inflow, overlap, *strides,
             self.batch, self.length, self.h, self.groups, self.per_group, together, self.chunks,
             Q=CHUNK, p=self.p, n=self.n, P=self.sizes["P"], S=states_together,
@@ -210,21 +212,22 @@ class _Call:
         }
 
     def _prepare(self) -> tuple[Tensor | None, ...]:
-        """Step sizes and logarithms of decays: steps, since, entry, end, total, borders (see `prepare`)."""
+        """What `prepare` makes of the step sizes: steps, logs, since, entry, end, total, borders."""
         wide = {"dtype": torch.float32, "device": self.device}
         shape = (self.batch, self.h, self.chunks, CHUNK)
         steps, entry, end = (torch.empty(shape, **wide) for _ in range(3))
         total = torch.empty(shape[:3], **wide)
+        logs = steps if self.A is not None else torch.empty(shape, **wide)
         since, borders = entry, None
         if self.seq_idx is not None:
             since = torch.empty(shape, **wide)
             borders = torch.empty(self.batch, self.chunks, CHUNK, dtype=torch.int32, device=self.device)
         step_kernels.prepare[self._step_grid()](
-            self.dt, self.A, self.dt_bias, self.seq_idx, steps, since, entry, end, total, borders,
+            self.dt, self.A, self.dt_bias, self.seq_idx, steps, logs, since, entry, end, total, borders,
             *self.dt.stride(), self.length, self.h, self.chunks, **self.limits,
             Q=CHUNK, H=HEADS, **self.softplus, PACKED=self.seq_idx is not None,
         )  # fmt: skip
-        return steps, since, entry, end, total, borders
+        return steps, logs, since, entry, end, total, borders
 
     def _step_grid(self) -> tuple[int, int, int]:
         return self.chunks, -(-self.h // HEADS), self.batch
@@ -242,7 +245,7 @@ class _Call:
         """Each segment's own state (or gradient) and the logarithm of its decay."""
         if count == 1:
             return None, None
-        steps, _, entry, end, total, _ = decays
+        steps, _, _, entry, end, total, _ = decays
         shape = (self.batch, count, self.h)
         local = torch.empty(*shape, self.p, self.n, dtype=torch.float32, device=self.device)
         passed = torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -255,8 +258,8 @@ class _Call:
         return local, passed
 
     def _segments(self, walks: int) -> tuple[int, int]:
-        slots = cuda.processors(self.device) * PROGRAMS_PER_PROCESSOR
-        return segments.division(self.length, CHUNK, self.batch * self.h * walks, slots)
+        blocks, processors = self.batch * self.h * walks, cuda.processors(self.device)
+        return segments.division(self.length, CHUNK, blocks, processors, PROGRAMS_PER_PROCESSOR)
 
     def _heads_together(self, programs: int) -> tuple[int, int]:
         """Heads that a program loops over, and programs per group: few, but enough for the GPU."""

@@ -83,8 +83,14 @@ def _fold(
 
 
 @triton.jit
+def _rate(A, head):
+    """What turns `logs` into powers of two: step sizes by A; without it they are that already."""
+    return 1.0 if A is None else tl.load(A + head) * LOG2E
+
+
+@triton.jit
 def _pair_decays(
-    steps, since, borders, at, rate,
+    logs, since, borders, at, rate,
     TO_ROWS: tl.constexpr, Q: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Decay (Q, Q) from each token to each one that sees it, the earlier token along columns or,
@@ -102,11 +108,11 @@ def _pair_decays(
         document = tl.load(borders + t)
         sees = sees & (document[:, None] == document[None, :])
     if EXACT:
-        logs = tl.load(steps + at + t) * rate
+        own = tl.load(logs + at + t) * rate
         if TO_ROWS:
-            found = tl.cumsum(tl.where(t[None, :] > t[:, None], logs[None, :], 0.0), axis=1)
+            found = tl.cumsum(tl.where(t[None, :] > t[:, None], own[None, :], 0.0), axis=1)
         else:
-            found = tl.cumsum(tl.where(t[:, None] > t[None, :], logs[:, None], 0.0), axis=0)
+            found = tl.cumsum(tl.where(t[:, None] > t[None, :], own[:, None], 0.0), axis=0)
     else:
         own = tl.load(since + at + t)
         found = own[None, :] - own[:, None] if TO_ROWS else own[:, None] - own[None, :]
@@ -156,7 +162,7 @@ def summarise(
 
 @triton.jit
 def forward(
-    x, B, C, A, D, steps, since, entry, end, total, borders, initial, y, final, local, passed,
+    x, B, C, A, D, steps, logs, since, entry, end, total, borders, initial, y, final, local, passed,
     x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, D_h, D_p,
     length, h, heads_per_group, segment, segments, chunks,
     Q: tl.constexpr, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -166,7 +172,7 @@ def forward(
     pid = tl.program_id(0).to(tl.int64)
     head, part, row = pid % h, (pid // h) % segments, pid // h // segments
     t, i = tl.arange(0, Q), tl.arange(0, P)
-    rate = tl.load(A + head) * LOG2E
+    rate = _rate(A, head)
     first = part * segment
     stop = tl.minimum(first + segment, length)
     x += row * x_b + head * x_h
@@ -196,7 +202,7 @@ def forward(
         out *= tl.exp2(tl.load(entry + at * Q + t))[:, None]
         scores = _product(C_chunk, tl.trans(B_chunk), PRECISION)  # (Q, Q)
         own = borders + (row * chunks + begin // Q) * Q if PACKED else borders
-        scores *= _pair_decays(steps, since, own, at * Q, rate, False, Q, PACKED, EXACT)
+        scores *= _pair_decays(logs, since, own, at * Q, rate, False, Q, PACKED, EXACT)
         scores *= step[None, :]
         out += _product(scores.to(x_chunk.dtype), x_chunk, PRECISION)
         if D is not None:
@@ -270,7 +276,7 @@ def states(
 
 @triton.jit
 def input_gradients(
-    x, dy, B, C, A, D, steps, since, end, borders, leaving, dx, dsteps, dlogs, dD,
+    x, dy, B, C, A, D, steps, logs, since, end, borders, leaving, dx, dsteps, dlogs, dD,
     x_b, x_l, x_h, dy_b, dy_l, dy_h, B_b, B_l, B_g, C_b, C_l, C_g, D_h, D_p,
     length, h, groups, heads_per_group, heads_together, chunks,
     Q: tl.constexpr, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -309,10 +315,10 @@ def input_gradients(
         dy_chunk = _load(dy + head * dy_h, dy_l, exists, Q, p, P)
         dstate = _load_state(leaving + where * p * n, p, n, P, N)
         step = tl.load(steps + at + t)
-        rate = tl.load(A + head) * LOG2E
+        rate = _rate(A, head)
 
         # Pairs of tokens inside the chunk, and the decays that each token's pairs pass.
-        weights = scores * _pair_decays(steps, since, borders, at, rate, True, Q, PACKED, EXACT)
+        weights = scores * _pair_decays(logs, since, borders, at, rate, True, Q, PACKED, EXACT)
         pairs = _product(x_chunk, tl.trans(dy_chunk), PRECISION) * weights * step[:, None]
         spanning = _product(pairs.to(x_chunk.dtype), after, PRECISION)
         dlog = tl.sum(tl.where(t[:, None] < t[None, :], spanning, 0.0), axis=0)
@@ -336,7 +342,7 @@ def input_gradients(
 
 @triton.jit
 def matrix_gradients(
-    x, dy, B, C, A, steps, since, entry, end, borders, entering, leaving, dB, dC, inflow, overlap,
+    x, dy, B, C, A, steps, logs, since, entry, end, borders, entering, leaving, dB, dC, inflow, overlap,
     x_b, x_l, x_h, dy_b, dy_l, dy_h, B_b, B_l, B_g, C_b, C_l, C_g,
     batch, length, h, groups, heads_per_group, heads_together, chunks,
     Q: tl.constexpr, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
@@ -377,8 +383,8 @@ def matrix_gradients(
         state = tl.load(entering + where + cells, mask=in_state, other=0.0)
         dstate = tl.load(leaving + where + cells, mask=in_state, other=0.0)
         step = tl.load(steps + at + t)
-        rate = tl.load(A + head) * LOG2E
-        decays = _pair_decays(steps, since, borders, at, rate, True, Q, PACKED, EXACT)
+        rate = _rate(A, head)
+        decays = _pair_decays(logs, since, borders, at, rate, True, Q, PACKED, EXACT)
         dscores += _product(x_chunk, tl.trans(dy_chunk), PRECISION) * decays * step[:, None]
         read = (dy_chunk * tl.exp2(tl.load(entry + at + t))[:, None]).to(x_chunk.dtype)
         written = (x_chunk * (tl.exp2(tl.load(end + at + t)) * step)[:, None]).to(x_chunk.dtype)
@@ -419,9 +425,11 @@ def step(
     x_t = tl.load(x + row * x_b + head * x_h + i, mask=i < p, other=0.0).to(tl.float32)
     B_t = tl.load(B + row * B_b + group * B_g + j, mask=j < n, other=0.0).to(tl.float32)
     C_t = tl.load(C + row * C_b + group * C_g + j, mask=j < n, other=0.0).to(tl.float32)
-    state = (steps * x_t)[:, None] * B_t[None, :]
+    rate = LOG2E if A is None else tl.load(A + head) * LOG2E
+    decay = tl.exp2(steps * rate)
+    u_t = x_t if A is None else steps * x_t
+    state = u_t[:, None] * B_t[None, :]
     if initial is not None:
-        decay = tl.exp2(steps * tl.load(A + head) * LOG2E)
         state += decay * _load_state(initial + (row * h + head) * p * n, p, n, P, N).to(tl.float32)
     out = tl.sum(state * C_t[None, :], axis=1)
     if D is not None:

@@ -52,7 +52,7 @@ def _add_within(a, a_begins, b, b_begins):
 
 @triton.jit
 def prepare(
-    dt, A, dt_bias, seq_idx, steps, since, entry, end, total, borders,
+    dt, A, dt_bias, seq_idx, steps, logs, since, entry, end, total, borders,
     dt_b, dt_l, dt_h, length, h, chunks, dt_min, dt_max,
     Q: tl.constexpr, H: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,8 @@ def prepare(
     decay from the entry (`since`; from a later document's first token), from the entry to tokens of the
     document that enters (`entry`), and to the end from tokens of the document that leaves (`end`). As (b, h,
     c): of the whole chunk (`total`). As (b, c, Q): document borders up to each token, counted from the token
-    before the chunk.
+    before the chunk. Without A, `dt` is the natural logarithm of the decay: its power of two goes to `logs`,
+    and to `steps` 1 where there is a token.
     """
     chunk, part, row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.arange(0, Q)
@@ -68,21 +69,26 @@ def prepare(
     begin = chunk * Q
     exists = t < length - begin
     mask = exists[:, None] & (heads[None, :] < h)
-    rate = tl.load(A + heads, mask=heads < h, other=0.0) * LOG2E
+    rate = tl.zeros((H,), tl.float32) + LOG2E
+    if A is not None:
+        rate *= tl.load(A + heads, mask=heads < h, other=0.0)
     dt += row * dt_b + begin * dt_l
     raw = _raw_steps(dt, dt_l, dt_h, dt_bias, heads, t, mask)
     step = tl.where(mask, step_sizes(raw, dt_min, dt_max, SOFTPLUS, CLAMP), 0.0)
-    logs = step * rate[None, :]
+    by_token = step * rate[None, :]
     # The next token's, within the chunk: a sum without a token's own must not be a difference.
     has_next = mask & (t < Q - 1)[:, None] & (t + 1 < length - begin)[:, None]
     raw = _raw_steps(dt + dt_l, dt_l, dt_h, dt_bias, heads, t, has_next)
     next_step = tl.where(has_next, step_sizes(raw, dt_min, dt_max, SOFTPLUS, CLAMP), 0.0)
     to_end = tl.cumsum(next_step * rate[None, :], axis=0, reverse=True)
-    from_entry = tl.cumsum(logs, axis=0)
-    whole = tl.sum(logs, axis=0)
+    from_entry = tl.cumsum(by_token, axis=0)
+    whole = tl.sum(by_token, axis=0)
 
     at = ((row * h + heads) * chunks + chunk) * Q
     inside = heads[None, :] < h
+    if A is None:
+        tl.store(logs + at[None, :] + t[:, None], by_token, mask=inside)
+        step = tl.where(mask, 1.0, 0.0)
     tl.store(steps + at[None, :] + t[:, None], step, mask=inside)
     if PACKED:
         seq_idx += row * length + begin
@@ -95,7 +101,7 @@ def prepare(
             tl.store(borders + (row * chunks + chunk) * Q + t, count)
         # Documents are summed apart, so that none moves another by a rounding.
         new = tl.where(t > 0, begins, 0)[:, None] + tl.zeros((Q, H), tl.int32)
-        own, _ = tl.associative_scan((logs, new), 0, _add_within)
+        own, _ = tl.associative_scan((by_token, new), 0, _add_within)
         tl.store(since + at[None, :] + t[:, None], own, mask=inside)
         from_entry = tl.where((count == 0)[:, None], from_entry, NEVER)
         to_end = tl.where((count == last)[:, None], to_end, NEVER)
@@ -123,7 +129,6 @@ def finish(
     heads = part * H + tl.arange(0, H)
     begin = chunk * Q
     mask = (t < length - begin)[:, None] & (heads[None, :] < h)
-    rate = tl.load(A + heads, mask=heads < h, other=0.0)
     of_chunk = (row * h + heads) * chunks + chunk
     at = of_chunk[None, :] * Q + t[:, None]
     read = tl.zeros((Q, H), dtype=tl.float32)
@@ -139,6 +144,11 @@ def finish(
         + (kept * both)[None, :]
     )
     dlog = tl.where(mask, dlog, 0.0)
+    to = ddt + ((row * length + begin) * h + t[:, None] * h + heads[None, :])
+    if A is None:
+        tl.store(to, dlog.to(ddt.dtype.element_ty), mask=mask)
+        return
+    rate = tl.load(A + heads, mask=heads < h, other=0.0)
     found = tl.load(dsteps + at, mask=mask, other=0.0) + rate[None, :] * dlog
     raw = _raw_steps(dt + row * dt_b + begin * dt_l, dt_l, dt_h, dt_bias, heads, t, mask)
     if CLAMP:
@@ -146,7 +156,6 @@ def finish(
         found = tl.where((free >= dt_min) & (free <= dt_max), found, 0.0)
     if SOFTPLUS:
         found *= 1.0 / (1.0 + tl.exp(-raw))
-    to = ddt + ((row * length + begin) * h + t[:, None] * h + heads[None, :])
     tl.store(to, found.to(ddt.dtype.element_ty), mask=mask)
     by_chunk = (row * chunks + chunk) * h + heads
     step = tl.load(steps + at, mask=mask, other=0.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambakit.ops import shapes
 from mambakit.ops.dispatch import Op
-from mambakit.ops.trapezoidal import chunked, reference
+from mambakit.ops.trapezoidal import by_ssd, reference
 
 
 class TrapezoidalState(NamedTuple):
@@ -51,7 +51,7 @@ def _fake(
 
 _op = Op(
     "trapezoidal",
-    {"chunked": chunked, "reference": reference},
+    {"ssd": by_ssd, "reference": reference},
     outputs=5,
     fake=_fake,
     flops=_flops,

@@ -51,9 +51,9 @@ def trapezoidal(
         angle = wrap(angle + rates(angles[:, t], dt[:, t]))
         turn = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1), interleaved
         step, w = dt[:, t, :, None, None], share[:, t, :, None, None]  # (b, h, 1, 1)
-        ssm = torch.exp(step * A[:, t, :, None, None]) * (ssm + (1 - w) * step * _outer(v, k, mimo_x))
+        ssm = torch.exp(step * A[:, t, :, None, None]) * (ssm + (1 - w) * step * outer(v, k, mimo_x))
         k, v = rotate(B[:, t], *turn), x[:, t]
-        ssm = ssm + w * step * _outer(v, k, mimo_x)
+        ssm = ssm + w * step * outer(v, k, mimo_x)
         y = torch.einsum("bhpn,brhn->brhp", ssm, rotate(C[:, t], *turn))
         ys.append(y if D is None else y + D.to(work)[:, None] * per_rank(v, r, mimo_x))
         state = [angle, ssm, k, v]
@@ -76,6 +76,6 @@ def per_rank(x: Tensor, r: int, mimo_x: Tensor | None) -> Tensor:
     )
 
 
-def _outer(v: Tensor, k: Tensor, mimo_x: Tensor | None) -> Tensor:
+def outer(v: Tensor, k: Tensor, mimo_x: Tensor | None) -> Tensor:
     """`sum_r x_r k_r^T`, `(b, h, p, n)`."""
     return torch.einsum("brhp,brhn->bhpn", per_rank(v, k.shape[1], mimo_x), k)
