@@ -85,6 +85,12 @@ GUIDE_PAGES = {
     "decoding_gpu.md": "decoding",
     "architecture.md": "architecture",
     "log.md": "benchmarks",
+    "finetuning.md": "fine-tuning",
+    "evaluation.md": "evaluation",
+    "generation.md": "generation",
+    "conversations.md": "conversations",
+    "export.md": "export",
+    "bridges.md": "bridges",
 }
 """Page of docs/ -> page of the guide that shows it."""
 
