@@ -22,6 +22,7 @@ import typer
 import mambakit
 from mambakit.cli.bench import bench
 from mambakit.cli.console import complain, out
+from mambakit.cli.course import course
 from mambakit.cli.doctor import doctor
 from mambakit.cli.eval import evaluate
 from mambakit.cli.evaluate import evaluate_model
@@ -49,6 +50,10 @@ app.command()(export)
 app.command()(recipes)
 app.command()(doctor)
 app.command()(bench)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)(course)
 
 
 def _version(wanted: bool) -> None:
