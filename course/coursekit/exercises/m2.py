@@ -150,3 +150,366 @@ def causal_product(C, B, X):
     return torch.einsum("ln,lnp->lp", C, torch.einsum("ln,lp->lnp", B, X).cumsum(0))
 """,
 )
+
+# ---------------------------------------------------------------------------------------------------------
+# Semiseparable matrices
+
+segsum = Exercise("m2-segsum", "segsum", "Segment sums", stars=1, minutes=10)
+
+
+@segsum.part("sums of the right segments", points=2)
+def _(segsum, rng):
+    log_a = -uniform(rng, 9)
+    expected = torch.full((9, 9), -torch.inf, dtype=torch.float64)
+    for i in range(9):
+        for j in range(i + 1):
+            expected[i, j] = log_a[j + 1 : i + 1].sum()
+    got = segsum(log_a)
+    assert got.shape == (9, 9), f"the result has shape {tuple(got.shape)}, expected (9, 9)"
+    assert bool((got.triu(1).exp().triu(1) == 0).all()), "above the diagonal there is something else than -inf"
+    close(got.tril().nan_to_num(neginf=99.0), expected.tril().nan_to_num(neginf=99.0), "a sum", 1e-12)
+
+
+@segsum.part("any leading dimensions")
+def _(segsum, rng):
+    log_a = -uniform(rng, 2, 3, 7)
+    close(segsum(log_a)[1, 2].exp(), segsum(log_a[1, 2]).exp(), "one of the batch", 1e-12)
+
+
+@segsum.part("as many digits as float32 has, over 2,000 tokens", points=2)
+def _(segsum, rng):
+    log_a = -uniform(rng, 2000)
+    got = segsum(log_a.float())[-20:, -20:].double()
+    for i in range(20):
+        for j in range(i + 1):
+            exact = log_a.float().double()[1980 + j + 1 : 1980 + i + 1].sum()
+            off = (got[i, j] - exact).abs().item()
+            assert off < 1e-5, f"the sum of {i - j} numbers is off by {off:.1e}"
+
+
+segsum.wrong(
+    "a difference of running sums",
+    """
+import torch
+def segsum(log_a):
+    s = log_a.cumsum(-1)
+    out = s[..., :, None] - s[..., None, :]
+    return out.masked_fill(~torch.ones(out.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+""",
+)
+segsum.wrong(
+    "the first decay counted, too",
+    """
+import torch
+def segsum(log_a):
+    l = log_a.shape[-1]
+    ones = torch.ones(l, l, dtype=torch.bool)
+    terms = log_a[..., :, None].expand(*log_a.shape, l).masked_fill(~ones.tril(), 0)
+    return terms.cumsum(-2).masked_fill(~ones.tril(), -torch.inf)
+""",
+)
+segsum.wrong(
+    "zeros above the diagonal",
+    """
+import torch
+def segsum(log_a):
+    l = log_a.shape[-1]
+    ones = torch.ones(l, l, dtype=torch.bool)
+    return log_a[..., :, None].expand(*log_a.shape, l).masked_fill(~ones.tril(-1), 0).cumsum(-2)
+""",
+)
+segsum.wrong(
+    "one sequence only",
+    """
+import torch
+def segsum(log_a):
+    l = log_a.shape[0]
+    ones = torch.ones(l, l, dtype=torch.bool)
+    terms = log_a[:, None].expand(l, l).masked_fill(~ones.tril(-1), 0)
+    return terms.cumsum(0).masked_fill(~ones.tril(), -torch.inf)
+""",
+)
+
+matrix = Exercise("m2-matrix", "matrix", "The matrix of any SSM", stars=2, minutes=20, graded=True)
+
+
+def _generators(rng: torch.Generator, l: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Matrices `(l, n, n)` and vectors `(l, n)`, twice."""
+    return 0.6 * normal(rng, l, n, n), normal(rng, l, n), normal(rng, l, n)
+
+
+def _run(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The recurrence itself, on one channel."""
+    h, y = torch.zeros_like(B[0]), []
+    for A_t, B_t, C_t, x_t in zip(A, B, C, x, strict=True):
+        h = A_t @ h + B_t * x_t
+        y.append(C_t @ h)
+    return torch.stack(y)
+
+
+@matrix.part("its product with an input is the recurrence", points=3)
+def _(matrix, rng):
+    A, B, C = _generators(rng, 14, 3)
+    x = normal(rng, 14)
+    close(matrix(A, B, C) @ x, _run(A, B, C, x), "M x", 1e-9)
+
+
+@matrix.part("zeros above the diagonal")
+def _(matrix, rng):
+    M = matrix(*_generators(rng, 14, 3))
+    close(M.triu(1), torch.zeros(14, 14, dtype=torch.float64), "the part above the diagonal", 1e-15)
+
+
+@matrix.part("blocks below the diagonal have rank n")
+def _(matrix, rng):
+    M = matrix(*_generators(rng, 16, 3))
+    assert M.shape == (16, 16), f"the matrix has shape {tuple(M.shape)}, expected (16, 16)"
+    values = torch.linalg.svdvals(M[8:, :8])
+    found = int((values > 1e-9 * values[0]).sum())
+    assert found == 3, f"rows from 8, columns before 8: rank {found}, expected 3"
+
+
+matrix.wrong(
+    "products in the wrong order",
+    """
+import torch
+def matrix(A, B, C):
+    l = len(B)
+    M = B.new_zeros(l, l)
+    for j in range(l):
+        P = torch.eye(B.shape[1], dtype=B.dtype)
+        for i in range(j, l):
+            if i > j:
+                P = P @ A[i]
+            M[i, j] = C[i] @ P @ B[j]
+    return M
+""",
+)
+matrix.wrong(
+    "one decay too many",
+    """
+import torch
+def matrix(A, B, C):
+    l = len(B)
+    M = B.new_zeros(l, l)
+    for j in range(l):
+        h = B[j]
+        for i in range(j, l):
+            h = A[i] @ h
+            M[i, j] = C[i] @ h
+    return M
+""",
+)
+matrix.wrong(
+    "no mask",
+    """
+import torch
+def matrix(A, B, C):
+    l = len(B)
+    M = C @ B.T
+    for j in range(l):
+        h = B[j]
+        for i in range(j + 1, l):
+            h = A[i] @ h
+            M[i, j] = C[i] @ h
+    return M
+""",
+)
+matrix.wrong(
+    "no decay, entry by entry random",
+    """
+import torch
+def matrix(A, B, C):
+    return ((C @ B.T) * A[:, :1, 0].cos() + torch.sin(C[:, :1] * B[:, 0])).tril()
+""",
+)
+
+parallel = Exercise("m2-parallel", "parallel", "The sum of two models", stars=2, minutes=15)
+
+
+@parallel.part("its outputs are the sum of the two", points=2)
+def _(parallel, rng):
+    first, second = _generators(rng, 10, 2), _generators(rng, 10, 3)
+    x = normal(rng, 10)
+    close(_run(*parallel(first, second), x), _run(*first, x) + _run(*second, x), "the sum", 1e-9)
+
+
+@parallel.part("a state of n1 + n2 numbers")
+def _(parallel, rng):
+    A, B, C = parallel(_generators(rng, 6, 2), _generators(rng, 6, 3))
+    assert (A.shape, B.shape, C.shape) == ((6, 5, 5), (6, 5), (6, 5)), (
+        f"shapes {tuple(A.shape)}, {tuple(B.shape)}, {tuple(C.shape)}, expected (6, 5, 5), (6, 5), (6, 5)"
+    )
+
+
+parallel.wrong(
+    "generators added",
+    """
+import torch
+def parallel(first, second):
+    n = first[1].shape[1]
+    return tuple(a + b[..., :n] if a.dim() == 2 else a + b[:, :n, :n]
+                 for a, b in zip(first, second))
+""",
+)
+parallel.wrong(
+    "the two in a row",
+    """
+import torch
+def parallel(first, second):
+    (A1, B1, C1), (A2, B2, C2) = first, second
+    l, n1, n2 = len(B1), B1.shape[1], B2.shape[1]
+    A = A1.new_zeros(l, n1 + n2, n1 + n2)
+    A[:, :n1, :n1], A[:, n1:, n1:] = A1, A2
+    A[:, n1:, :n1] = B2[:, :, None] * C1[:, None, :]
+    return A, torch.cat([B1, 0 * B2], 1), torch.cat([0 * C1, C2], 1)
+""",
+)
+
+# ---------------------------------------------------------------------------------------------------------
+# Duality
+
+crossing = Exercise("m2-crossing", "crossing", "Where the forms meet", stars=1, minutes=10)
+
+
+@crossing.part("at that length the recurrence costs less, one token earlier it does not", points=2)
+def _(crossing, rng):
+    for n, p in [(1, 1), (7, 7), *torch.randint(1, 300, (40, 2), generator=rng).tolist()]:
+        l = crossing(n, p)
+        assert isinstance(l, int), f"the length is {l!r}, expected a whole number"
+        assert l * l * (n + p + 1) > 3 * l * n * p, f"n={n}, p={p}: attention still costs less at {l}"
+        l -= 1
+        assert l * l * (n + p + 1) <= 3 * l * n * p, f"n={n}, p={p}: the recurrence costs less at {l} already"
+
+
+@crossing.part("n and p may change places")
+def _(crossing, rng):
+    assert crossing(16, 64) == crossing(64, 16) == 48 * 64 // 81 + 1, (
+        f"16 states and 64 channels: {crossing(16, 64)}, the other way {crossing(64, 16)}"
+    )
+
+
+crossing.wrong("equal cost counts as less", "def crossing(n, p):\n    return -(-3 * n * p // (n + p + 1))\n")
+crossing.wrong("the mask forgotten", "def crossing(n, p):\n    return 3 * n * p // (n + p) + 1\n")
+crossing.wrong("the state alone", "def crossing(n, p):\n    return n\n")
+
+attend = Exercise("m2-normalised", "attend", "Normalised, in pieces", stars=3, minutes=30, graded=True)
+
+
+def _positive(rng: torch.Generator, l: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and keys `(l, 4)`, positive, and values `(l, 3)`."""
+    return uniform(rng, l, 4) + 0.05, uniform(rng, l, 4) + 0.05, normal(rng, l, 3)
+
+
+@attend.part("equals the masked attention", points=2)
+def _(attend, rng):
+    q, k, v = _positive(rng, 30)
+    weights = (q @ k.T).tril()
+    close(attend(q, k, v)[0], weights / weights.sum(1, keepdim=True) @ v, "the outputs", 1e-10)
+
+
+@attend.part("weights sum to one: equal values come back")
+def _(attend, rng):
+    q, k, v = _positive(rng, 20)
+    close(attend(q, k, v[:1].expand(20, 3))[0], v[:1].expand(20, 3), "the outputs", 1e-10)
+
+
+@attend.part("in pieces the same", points=2)
+def _(attend, rng):
+    q, k, v = _positive(rng, 30)
+    whole, end = attend(q, k, v)
+    first, state = attend(q[:11], k[:11], v[:11])
+    second, state = attend(q[11:], k[11:], v[11:], state)
+    close(torch.cat([first, second]), whole, "the outputs in two pieces", 1e-10)
+    close(state, end, "the state at the end", 1e-10)
+
+
+@attend.part("the state is n (p + 1) numbers and no square is made")
+def _(attend, rng):
+    q, k, v = _positive(rng, 300)
+    with Largest() as seen:
+        _, state = attend(q, k, v)
+    assert state.numel() == 16, f"the state has {state.numel()} numbers, expected 4 (3 + 1)"
+    assert seen.numbers <= 300 * 16, f"a tensor of {seen.numbers} numbers was made"
+
+
+attend.wrong(
+    "no denominator",
+    """
+import torch
+def attend(q, k, v, state=None):
+    w = (q @ k.T).tril()
+    return w @ v, torch.zeros(4, 4)
+""",
+)
+attend.wrong(
+    "the denominator not carried",
+    """
+import torch
+def attend(q, k, v, state=None):
+    S = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype) if state is None else state
+    z = torch.zeros(k.shape[1], dtype=v.dtype)
+    rows = []
+    for a, b, c in zip(q, k, v):
+        S = S + torch.outer(b, c)
+        z = z + b
+        rows.append((a @ S) / (a @ z))
+    return torch.stack(rows), S
+""",
+)
+attend.wrong(
+    "softmax",
+    """
+import torch
+def attend(q, k, v, state=None):
+    s = q @ k.T
+    mask = torch.ones(s.shape, dtype=torch.bool).tril()
+    return s.masked_fill(~mask, -torch.inf).softmax(-1) @ v, torch.cat([k, v], 1)
+""",
+)
+
+retention = Exercise("m2-retention", "retention", "RetNet in Mamba-2's words", stars=1, minutes=10)
+
+
+def _retained(retention: Any, rng: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """The matrix of each head `(h, l, l)` by the reader's step and rate, and queries, keys, decays."""
+    from mambakit import ops
+
+    gamma, l = uniform(rng, 3) * 0.5 + 0.5, 12
+    B, C = normal(rng, 1, l, 1, 4), normal(rng, 1, l, 1, 4)
+    dt, A = retention(gamma, l)
+    unit = torch.eye(l, dtype=torch.float64)[None, :, None].expand(1, l, 3, l)
+    y, _ = ops.ssd(unit, dt, A, B, C, backend="reference")
+    return y[0].transpose(0, 1), C[0, :, 0], B[0, :, 0], gamma
+
+
+@retention.part("weights fall by gamma for each token", points=2)
+def _(retention, rng):
+    M, C, B, gamma = _retained(retention, rng)
+    lag = torch.arange(12)[:, None] - torch.arange(12)
+    expected = torch.where(lag >= 0, gamma[:, None, None] ** lag.clamp(min=0), 0.0) * (C @ B.T)
+    close(M, expected, "the matrix", 1e-10)
+
+
+@retention.part("a token reads itself with the weight 1")
+def _(retention, rng):
+    M, C, B, _ = _retained(retention, rng)
+    close(M.diagonal(dim1=1, dim2=2), (C * B).sum(-1).expand(3, -1), "the diagonal", 1e-10)
+
+
+retention.wrong(
+    "the decay in the step",
+    """
+import torch
+def retention(gamma, length):
+    return -torch.log(gamma).expand(1, length, len(gamma)), -torch.ones_like(gamma)
+""",
+)
+retention.wrong(
+    "gamma instead of its logarithm",
+    """
+import torch
+def retention(gamma, length):
+    return torch.ones(1, length, len(gamma), dtype=gamma.dtype), -gamma
+""",
+)
