@@ -513,3 +513,128 @@ def retention(gamma, length):
     return torch.ones(1, length, len(gamma), dtype=gamma.dtype), -gamma
 """,
 )
+
+# ---------------------------------------------------------------------------------------------------------
+# Mamba-2
+
+state_numbers = Exercise(
+    "m2-state-numbers", "state_numbers", "How much does it carry?", stars=1, minutes=10
+)
+
+
+def _block(rng: torch.Generator, **settings: int) -> Any:
+    """A block of the library in double precision, its weights drawn."""
+    from mambakit import layers
+
+    block = layers.Mamba2(settings.pop("d_model"), layers.Mamba2Config(**settings)).double()
+    with torch.no_grad():
+        for name, weight in sorted(block.named_parameters()):
+            scale = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.5
+            weight.copy_(scale * normal(rng, *weight.shape) + (name == "norm.weight"))
+    return block
+
+
+@state_numbers.part("counts what the library keeps", points=2)
+def _(state_numbers, rng):
+    for n, p, g, w, expand in ((16, 8, 1, 4, 2), (64, 16, 2, 3, 2), (8, 32, 4, 2, 4)):
+        block = _block(rng, d_model=64, d_state=n, headdim=p, ngroups=g, d_conv=w, expand=expand)
+        expected = sum(tensor.numel() for tensor in block.init_state(1).values())
+        found = state_numbers(64, n, p, g, w, expand)
+        assert found == expected, f"n={n}, p={p}, g={g}, w={w}, expand={expand}: {found}, expected {expected}"
+
+
+@state_numbers.part("the head size does not matter")
+def _(state_numbers, rng):
+    a, b = (state_numbers(256, 128, p, 1, 4, 2) for p in (32, 64))
+    assert a == b == 3 * (512 + 256) + 512 * 128, f"{a} numbers with heads of 32 channels and {b} with 64"
+
+
+state_numbers.wrong(
+    "the convolution forgotten", "def state_numbers(d_model, n, p, g, w, expand):\n    return expand * d_model * n\n"
+)
+state_numbers.wrong(
+    "a state per head only",
+    "def state_numbers(d_model, n, p, g, w, expand):\n"
+    "    d = expand * d_model\n    return (w - 1) * (d + 2 * g * n) + d // p * n\n",
+)
+state_numbers.wrong(
+    "all taps kept",
+    "def state_numbers(d_model, n, p, g, w, expand):\n"
+    "    d = expand * d_model\n    return w * (d + 2 * g * n) + d * n\n",
+)
+
+step = Exercise("m2-step", "step", "One token of Mamba-2", stars=3, minutes=40, graded=True)
+
+
+def _decode(step: Any, block: Any, u: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+    """Outputs token by token by the reader's function, the library's state, and the reader's."""
+    weights = {name: weight.detach() for name, weight in block.named_parameters()}
+    state = block.init_state(len(u), dtype=torch.float64)
+    conv, ssm, rows = torch.zeros_like(state["conv"]), torch.zeros_like(state["ssm"]), []
+    for token in u.unbind(1):
+        y, conv, ssm = step(token, weights, conv, ssm)
+        rows.append(y)
+    return torch.stack(rows, dim=1), state, conv, ssm
+
+
+def _whole(block: Any, u: torch.Tensor, state: Any) -> torch.Tensor:
+    from mambakit import ops
+
+    with ops.backend("reference"), torch.no_grad():
+        return block(u, state)
+
+
+@step.part("token by token the outputs of the layer", points=3)
+def _(step, rng):
+    block, u = _block(rng, d_model=16, d_state=8, headdim=8), normal(rng, 2, 9, 16)
+    y, state, _, _ = _decode(step, block, u)
+    close(y, _whole(block, u, state), "the outputs", 1e-9)
+
+
+@step.part("groups of heads", points=2)
+def _(step, rng):
+    block, u = _block(rng, d_model=16, d_state=4, headdim=4, ngroups=2), normal(rng, 2, 9, 16)
+    y, state, _, _ = _decode(step, block, u)
+    close(y, _whole(block, u, state), "the outputs", 1e-9)
+
+
+@step.part("both states are right at the end")
+def _(step, rng):
+    block, u = _block(rng, d_model=16, d_state=8, headdim=8), normal(rng, 2, 5, 16)
+    _, state, conv, ssm = _decode(step, block, u)
+    _whole(block, u, state)
+    close(conv, state["conv"], "the convolution's state", 1e-9)
+    close(ssm, state["ssm"], "the recurrence's state", 1e-9)
+
+
+def _variant(*changes: tuple[str, str]) -> str:
+    """The block's step with one group, or with more if it is told, and mistakes put in."""
+    code = """
+import torch
+from torch.nn import functional as F
+def step(u, w, conv, ssm):
+    b, h, p, n = ssm.shape
+    d = h * p
+    g = (conv.shape[-1] - d) // (2 * n)
+    z, xBC, dt = (u @ w["in_proj.weight"].T).split((d, conv.shape[-1], h), -1)
+    window = torch.cat([conv, xBC[:, None]], 1)
+    x, B, C = F.silu((window * w["conv1d.weight"][:, 0].T).sum(1) + w["conv1d.bias"]).split((d, g * n, g * n), -1)
+    B, C = (t.view(b, g, n).repeat_interleave(h // g, 1) for t in (B, C))
+    x, dt = x.view(b, h, p), F.softplus(dt + w["dt_bias"])[..., None, None]
+    ssm = torch.exp(-dt * torch.exp(w["A_log"])[:, None, None]) * ssm + dt * x[..., None] * B[:, :, None]
+    y = (ssm * C[:, :, None]).sum(-1) + w["D"][:, None] * x
+    y = (y.reshape(b, d) * F.silu(z)).view(b, g, d // g)
+    y = (y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()).reshape(b, d) * w["norm.weight"]
+    return y @ w["out_proj.weight"].T, window[:, 1:], ssm
+"""
+    for old, new in changes:
+        assert old in code
+        code = code.replace(old, new)
+    return code
+
+
+step.wrong("groups in turns instead of blocks", _variant((".repeat_interleave(h // g, 1)", ".repeat(1, h // g, 1)")))
+step.wrong("the norm before the gate", _variant((" * F.silu(z)).view", ").view"), ("return y @", "return y * F.silu(z) @")))
+step.wrong("one norm over all groups", _variant((".view(b, g, d // g)", ".view(b, 1, d)")))
+step.wrong("the convolution's output kept", _variant(("window[:, 1:], ssm", "window[:, :-1], ssm")))
+step.wrong("the input not scaled by the step", _variant((" + dt * x[..., None]", " + x[..., None]")))
