@@ -638,3 +638,117 @@ step.wrong("the norm before the gate", _variant((" * F.silu(z)).view", ").view")
 step.wrong("one norm over all groups", _variant((".view(b, g, d // g)", ".view(b, 1, d)")))
 step.wrong("the convolution's output kept", _variant(("window[:, 1:], ssm", "window[:, :-1], ssm")))
 step.wrong("the input not scaled by the step", _variant((" + dt * x[..., None]", " + x[..., None]")))
+
+# ---------------------------------------------------------------------------------------------------------
+# The SSD algorithm
+
+written = Exercise("m2-write", "written", "What a chunk writes", stars=1, minutes=10)
+
+
+@written.part("equals the recurrence from an empty state", points=2)
+def _(written, rng):
+    B, X, log_a = normal(rng, 12, 3), normal(rng, 12, 4), -uniform(rng, 12)
+    H = torch.zeros(3, 4, dtype=torch.float64)
+    for b, x, a in zip(B, X, log_a.exp(), strict=True):
+        H = a * H + torch.outer(b, x)
+    close(written(B, X, log_a), H, "the state", 1e-11)
+
+
+@written.part("the last token is not weakened")
+def _(written, rng):
+    B, X, log_a = normal(rng, 12, 3), normal(rng, 12, 4), -uniform(rng, 12) - 60
+    close(written(B, X, log_a), torch.outer(B[-1], X[-1]), "the state after a complete decay", 1e-11)
+
+
+@written.part("nothing is divided: a token that decays by e^-800 does no harm")
+def _(written, rng):
+    B, X, log_a = normal(rng, 12, 3), normal(rng, 12, 4), -uniform(rng, 12)
+    log_a[4] = -800.0
+    kept = written(B[4:], X[4:], log_a[4:])
+    close(written(B, X, log_a), kept, "the state", 1e-11)
+
+
+written.wrong(
+    "decay from the start instead of to the end",
+    """
+import torch
+def written(B, X, log_a):
+    return (B * log_a.cumsum(0).exp()[:, None]).T @ X
+""",
+)
+written.wrong(
+    "a token weakened by its own decay",
+    """
+import torch
+def written(B, X, log_a):
+    return (B * log_a.flip(0).cumsum(0).flip(0).exp()[:, None]).T @ X
+""",
+)
+written.wrong(
+    "a quotient of running products",
+    """
+import torch
+def written(B, X, log_a):
+    P = log_a.exp().cumprod(0)
+    return (B * (P[-1] / P)[:, None]).T @ X
+""",
+)
+
+entering = Exercise("m2-pass", "entering", "From chunk to chunk", stars=2, minutes=15)
+
+
+def _written(rng: torch.Generator, c: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return normal(rng, c, 2, 3), -uniform(rng, c), normal(rng, 2, 3)
+
+
+@entering.part("each state is the decayed one before plus what was written", points=2)
+def _(entering, rng):
+    S, log_total, initial = _written(rng, 5)
+    H = entering(S, log_total, initial)
+    assert H.shape == (6, 2, 3), f"the states have shape {tuple(H.shape)}, expected (6, 2, 3)"
+    close(H[0], initial, "the first state", 1e-12)
+    close(H[1:] - S, log_total.exp()[:, None, None] * H[:-1], "what is left of the state before", 1e-12)
+
+
+@entering.part("in two halves the same")
+def _(entering, rng):
+    S, log_total, initial = _written(rng, 6)
+    H = entering(S, log_total, initial)
+    assert len(H) == 7, f"{len(H)} states for 6 chunks, expected 7"
+    close(entering(S[4:], log_total[4:], H[4])[-1], H[-1], "the state at the end", 1e-12)
+    close(entering(S[:4], log_total[:4], initial)[-1], H[4], "the state after four chunks", 1e-12)
+
+
+entering.wrong(
+    "the written state decayed, too",
+    """
+import torch
+def entering(S, log_total, initial):
+    states = [initial]
+    for s, a in zip(S, log_total.exp()):
+        states.append(a * (states[-1] + s))
+    return torch.stack(states)
+""",
+)
+entering.wrong(
+    "the initial state forgotten",
+    """
+import torch
+def entering(S, log_total, initial):
+    states = [torch.zeros_like(initial)]
+    for s, a in zip(S, log_total.exp()):
+        states.append(a * states[-1] + s)
+    return torch.stack(states)
+""",
+)
+entering.wrong(
+    "the last state left out",
+    """
+import torch
+def entering(S, log_total, initial):
+    states = [initial]
+    for s, a in zip(S[:-1], log_total.exp()):
+        states.append(a * states[-1] + s)
+    return torch.stack(states)
+""",
+)
