@@ -752,3 +752,231 @@ def entering(S, log_total, initial):
     return torch.stack(states)
 """,
 )
+
+# ---------------------------------------------------------------------------------------------------------
+# SSD from scratch
+
+fold = Exercise("m2-fold", "fold", "Into chunks", stars=1, minutes=10)
+
+
+@fold.part("chunks of a length that is a multiple")
+def _(fold, rng):
+    t = normal(rng, 2, 12, 3)
+    close(fold(t, 4), torch.stack([t[:, k : k + 4] for k in (0, 4, 8)], dim=1), "the chunks", 0.0)
+
+
+@fold.part("a last chunk filled up at its end", points=2)
+def _(fold, rng):
+    t = normal(rng, 2, 10)
+    got = fold(t, 4)
+    assert got.shape == (2, 3, 4), f"shape {tuple(got.shape)}, expected (2, 3, 4)"
+    close(got.flatten(1)[:, :10], t, "the tokens in their order", 0.0)
+    close(got.flatten(1)[:, 10:], torch.zeros(2, 2, dtype=torch.float64), "what was filled up", 0.0)
+
+
+fold.wrong(
+    "the rest thrown away",
+    "def fold(t, q):\n    return t[:, : t.shape[1] // q * q].unflatten(1, (-1, q))\n",
+)
+fold.wrong(
+    "a chunk too many",
+    """
+import torch
+def fold(t, q):
+    missing = q - t.shape[1] % q
+    return torch.cat([t, t.new_zeros(len(t), missing, *t.shape[2:])], 1).unflatten(1, (-1, q))
+""",
+)
+fold.wrong(
+    "filled up at the beginning",
+    """
+import torch
+def fold(t, q):
+    missing = -t.shape[1] % q
+    return torch.cat([t.new_zeros(len(t), missing, *t.shape[2:]), t], 1).unflatten(1, (-1, q))
+""",
+)
+
+ssd = Exercise("m2-ssd", "ssd", "SSD", stars=3, minutes=60, graded=True)
+
+
+def _layer(rng: torch.Generator, l: int, g: int = 1, n: int = 5) -> list[torch.Tensor]:
+    """Inputs `x, dt, A, B, C` of two sequences and four heads of three channels."""
+    x, dt, A = normal(rng, 2, l, 4, 3), uniform(rng, 2, l, 4) + 0.01, -2 * uniform(rng, 4) - 0.1
+    return [x, dt, A, normal(rng, 2, l, g, n), normal(rng, 2, l, g, n)]
+
+
+def _by_token(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The library's recurrence, token by token."""
+    from mambakit import ops
+
+    return ops.ssd(x, dt, A, B, C, initial_state=state, backend="reference")
+
+
+@ssd.part("outputs of the recurrence, whole chunks", points=2)
+def _(ssd, rng):
+    inputs = _layer(rng, 32)
+    close(ssd(*inputs, q=8)[0], _by_token(*inputs)[0], "y", 1e-9)
+
+
+@ssd.part("any length, any chunk")
+def _(ssd, rng):
+    for l, q in ((13, 4), (5, 8), (9, 1)):
+        inputs = _layer(rng, l)
+        close(ssd(*inputs, q=q)[0], _by_token(*inputs)[0], f"y of {l} tokens in chunks of {q}", 1e-9)
+
+
+@ssd.part("groups of neighbouring heads")
+def _(ssd, rng):
+    inputs = _layer(rng, 16, g=2)
+    close(ssd(*inputs, q=4)[0], _by_token(*inputs)[0], "y", 1e-9)
+
+
+@ssd.part("continued from its state, cut anywhere", points=2)
+def _(ssd, rng):
+    x, dt, A, B, C = _layer(rng, 23)
+    y, end = _by_token(x, dt, A, B, C)
+    first, state = ssd(x[:, :10], dt[:, :10], A, B[:, :10], C[:, :10], q=4)
+    rest, state = ssd(x[:, 10:], dt[:, 10:], A, B[:, 10:], C[:, 10:], q=4, initial_state=state)
+    close(torch.cat([first, rest], dim=1), y, "y in two pieces", 1e-9)
+    close(state, end, "the last state", 1e-9)
+
+
+@ssd.part("right gradients", points=2)
+def _(ssd, rng):
+    inputs = _layer(rng, 19)
+    found = []
+    for program in (lambda *t: ssd(*t, q=4), _by_token):
+        wanted = [t.clone().requires_grad_() for t in inputs]
+        program(*wanted)[0].square().sum().backward()
+        found.append([t.grad for t in wanted])
+    for name, ours, theirs in zip(("x", "dt", "A", "B", "C"), *found, strict=True):
+        assert ours is not None, f"no gradient reaches {name}"
+        close(ours, theirs, f"the gradient of {name}", 1e-8)
+
+
+@ssd.part("a step that wipes out the state does no harm")
+def _(ssd, rng):
+    inputs = _layer(rng, 16)
+    inputs[1][:, 6] = 5e3
+    close(ssd(*inputs, q=8)[0], _by_token(*inputs)[0], "y", 1e-9)
+
+
+@ssd.part("nothing of size l x l or l x n x p", points=2)
+def _(ssd, rng):
+    inputs = _layer(rng, 1024, n=16)
+    with Largest() as seen:
+        y, _ = ssd(*inputs, q=16)
+    assert seen.numbers <= 8 * 1024 * 20, f"a tensor of {seen.numbers} numbers was made"
+    close(y[:, :3], _by_token(*(t[:, :3] if t.dim() > 1 else t for t in inputs))[0], "the first tokens", 1e-9)
+
+
+def _mistaken(*changes: tuple[str, str]) -> str:
+    """A chunked SSD with a mistake put in."""
+    code = """
+import torch
+def ssd(x, dt, A, B, C, q=16, initial_state=None):
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    B, C = (t.repeat_interleave(h // g, 2) for t in (B, C))
+    state = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
+    rows = []
+    for s in range(0, l, q):
+        u, a = x[:, s:s+q] * dt[:, s:s+q, :, None], (dt[:, s:s+q] * A).transpose(1, 2)
+        b_, c_ = B[:, s:s+q], C[:, s:s+q]
+        k = a.shape[-1]
+        ones = torch.ones(k, k, dtype=torch.bool)
+        L = a[..., None].expand(*a.shape, k).masked_fill(~ones.tril(-1), 0).cumsum(-2).exp().masked_fill(~ones.tril(), 0)
+        since = a.cumsum(-1).exp()
+        y = torch.einsum("bihn,bjhn,bhij,bjhp->bihp", c_, b_, L, u)
+        rows.append(y + torch.einsum("bihn,bhpn,bhi->bihp", c_, state, since))
+        state = since[..., -1, None, None] * state + torch.einsum("bjhp,bjhn,bhj->bhpn", u, b_, L[..., -1, :])
+    return torch.cat(rows, 1), state
+"""
+    for old, new in changes:
+        assert old in code, old
+        code = code.replace(old, new)
+    return code
+
+
+ssd.wrong("heads in turns", _mistaken((".repeat_interleave(h // g, 2)", ".repeat(1, 1, h // g, 1)")))
+ssd.wrong("states detached between chunks", _mistaken(("    return torch.cat", "        state = state.detach()\n    return torch.cat")))
+ssd.wrong("the initial state forgotten", _mistaken((" if initial_state is None else initial_state", "")))
+ssd.wrong("a short last chunk left out", _mistaken(("range(0, l, q)", "range(0, max(l - q + 1, 1), q)")))
+ssd.wrong(
+    "a quotient of running products",
+    _mistaken(
+        (
+            "a[..., None].expand(*a.shape, k).masked_fill(~ones.tril(-1), 0).cumsum(-2).exp()",
+            "(a.cumsum(-1).exp()[..., None] / a.cumsum(-1).exp()[..., None, :])",
+        )
+    ),
+)
+ssd.wrong("the whole text as one chunk", _mistaken(("    rows = []", "    rows, q = [], l")))
+ssd.wrong("the step not multiplied in", _mistaken((" * dt[:, s:s+q, :, None], (dt", ", (dt")))
+ssd.wrong(
+    "a state for each token",
+    """
+import torch
+def ssd(x, dt, A, B, C, q=16, initial_state=None):
+    h = x.shape[2]
+    B, C = (t.repeat_interleave(h // B.shape[2], 2) for t in (B, C))
+    w = (x * dt[..., None])[..., None] * B[:, :, :, None]
+    state = torch.zeros_like(w[:, 0]) if initial_state is None else initial_state
+    rows = []
+    for t in range(x.shape[1]):
+        state = torch.exp(dt[:, t] * A)[..., None, None] * state + w[:, t]
+        rows.append((state * C[:, t, :, None]).sum(-1))
+    return torch.stack(rows, 1), state
+""",
+)
+
+input_gradient = Exercise("m2-backward", "input_gradient", "Backwards", stars=3, minutes=30)
+
+
+@input_gradient.part("equals autograd through the recurrence", points=2)
+def _(input_gradient, rng):
+    C, B, log_a = normal(rng, 12, 3), normal(rng, 12, 3), -uniform(rng, 12)
+    X, dY = normal(rng, 12, 2).requires_grad_(), normal(rng, 12, 2)
+    H, rows = torch.zeros(3, 2, dtype=torch.float64), []
+    for c, b, x, a in zip(C, B, X, log_a.exp(), strict=True):
+        H = a * H + torch.outer(b, x)
+        rows.append(c @ H)
+    torch.stack(rows).backward(dY)
+    close(input_gradient(C, B, log_a, dY), X.grad, "dX", 1e-10)
+
+
+@input_gradient.part("only later outputs count")
+def _(input_gradient, rng):
+    C, B, log_a, dY = normal(rng, 12, 3), normal(rng, 12, 3), -uniform(rng, 12), normal(rng, 12, 2)
+    changed = dY.clone()
+    changed[:5] += 10
+    close(input_gradient(C, B, log_a, changed)[5:], input_gradient(C, B, log_a, dY)[5:], "dX from token 5", 1e-10)
+
+
+input_gradient.wrong(
+    "forwards once more",
+    """
+import torch
+def input_gradient(C, B, log_a, dY):
+    G, rows = torch.zeros(B.shape[1], dY.shape[1], dtype=dY.dtype), []
+    for c, b, d, a in zip(C, B, dY, log_a.exp()):
+        G = a * G + torch.outer(c, d)
+        rows.append(b @ G)
+    return torch.stack(rows)
+""",
+)
+input_gradient.wrong(
+    "the decay one token off",
+    """
+import torch
+def input_gradient(C, B, log_a, dY):
+    G, rows = torch.zeros(B.shape[1], dY.shape[1], dtype=dY.dtype), []
+    for i in range(len(B) - 1, -1, -1):
+        G = log_a[i].exp() * G + torch.outer(C[i], dY[i])
+        rows.append(B[i] @ G)
+    return torch.stack(rows[::-1])
+""",
+)
