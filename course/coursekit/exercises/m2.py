@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -978,5 +979,127 @@ def input_gradient(C, B, log_a, dY):
         G = log_a[i].exp() * G + torch.outer(C[i], dY[i])
         rows.append(B[i] @ G)
     return torch.stack(rows[::-1])
+""",
+)
+
+# ---------------------------------------------------------------------------------------------------------
+# Efficiency
+
+slope = Exercise("m2-slope", "slope", "The exponent", stars=1, minutes=10)
+
+LENGTHS = [128, 200, 512, 1000, 4096]
+
+
+@slope.part("finds the power of an exact law")
+def _(slope, rng):
+    for power in (1.0, 1.5, 2.0, 0.0):
+        factor = 10 ** torch.randn(1, generator=rng).item()
+        found = slope(LENGTHS, [factor * l**power for l in LENGTHS])
+        assert abs(found - power) < 1e-6, f"times = {factor:.3f} l^{power}: {found}"
+
+
+@slope.part("uses all points: agrees with the normal equations on noisy times", points=2)
+def _(slope, rng):
+    times = [l * math.exp(e) for l, e in zip(LENGTHS, normal(rng, 5).tolist(), strict=True)]
+    x, y = torch.tensor(LENGTHS).double().log(), torch.tensor(times).double().log()
+    design = torch.stack([x, torch.ones_like(x)], dim=1)
+    expected = torch.linalg.lstsq(design, y[:, None]).solution[0].item()
+    found = slope(LENGTHS, times)
+    assert abs(found - expected) < 1e-6, f"slope {found:.4f}, expected {expected:.4f}"
+
+
+slope.wrong(
+    "the first and the last point only",
+    "import math\ndef slope(lengths, times):\n"
+    "    return math.log(times[-1] / times[0]) / math.log(lengths[-1] / lengths[0])\n",
+)
+slope.wrong(
+    "a line through the values themselves",
+    """
+import torch
+def slope(lengths, times):
+    x, y = torch.tensor(lengths).double(), torch.tensor(times).double()
+    x, y = x - x.mean(), y - y.mean()
+    return ((x * y).sum() / (x * x).sum()).item()
+""",
+)
+slope.wrong(
+    "a line through the origin",
+    """
+import torch
+def slope(lengths, times):
+    x, y = torch.tensor(lengths).double().log(), torch.tensor(times).double().log()
+    return ((x * y).sum() / (x * x).sum()).item()
+""",
+)
+
+waiting = Exercise("m2-waiting", "waiting", "Steps that wait", stars=2, minutes=10)
+
+
+@waiting.part("one by one: a border between chunks each")
+def _(waiting, rng):
+    for l, q in ((1024, 64), (1000, 64), (64, 64), (65, 64), *torch.randint(1, 999, (9, 2), generator=rng).tolist()):
+        found, expected = waiting(l, q)[0], len(range(q, l, q))
+        assert found == expected, f"{l} tokens in chunks of {q}: {found}, expected {expected}"
+
+
+@waiting.part("by a scan: as many doublings as reach over all chunks")
+def _(waiting, rng):
+    for l, q in ((1024, 64), (1088, 64), (64, 64), (65, 64), *torch.randint(1, 999, (9, 2), generator=rng).tolist()):
+        reach, doublings = 1, 0
+        while reach < len(range(0, l, q)):
+            reach, doublings = 2 * reach, doublings + 1
+        found = waiting(l, q)[1]
+        assert found == doublings, f"{l} tokens in chunks of {q}: {found}, expected {doublings}"
+
+
+waiting.wrong(
+    "a short last chunk forgotten",
+    "import math\ndef waiting(l, q):\n    return l // q - 1, math.ceil(math.log2(max(l // q, 1)))\n",
+)
+waiting.wrong("all tokens", "import math\ndef waiting(l, q):\n    return l - 1, math.ceil(math.log2(l))\n")
+
+best_chunk = Exercise("m2-best-chunk", "best_chunk", "The best chunk", stars=2, minutes=20)
+
+
+def _bowl(rng: torch.Generator) -> tuple[list[int], list[float], float]:
+    alpha, beta, best = (0.02 * uniform(rng, 1) + 0.005).item(), uniform(rng, 1).item(), 20 + 200 * uniform(rng, 1).item()
+    sizes = [4, 16, 64, 256, 1024]
+    return sizes, [alpha * q + beta + alpha * best**2 / q for q in sizes], best
+
+
+@best_chunk.part("finds the bottom between the measured sizes", points=2)
+def _(best_chunk, rng):
+    sizes, times, best = _bowl(rng)
+    found = best_chunk(sizes, times)
+    assert abs(found / best - 1) < 1e-3, f"best chunk {found:.1f}, expected {best:.1f}"
+
+
+@best_chunk.part("neither the unit of time nor a constant cost matters")
+def _(best_chunk, rng):
+    sizes, times, best = _bowl(rng)
+    found = best_chunk(sizes, [1000 * t + 5 for t in times])
+    assert abs(found / best - 1) < 1e-3, f"best chunk {found:.1f}, expected {best:.1f}"
+
+
+best_chunk.wrong("the fastest of the measured", "def best_chunk(sizes, times):\n    return float(sizes[times.index(min(times))])\n")
+best_chunk.wrong(
+    "no constant in the model",
+    """
+import torch
+def best_chunk(sizes, times):
+    q, y = torch.tensor(sizes).double(), torch.tensor(times).double()
+    a, c = torch.linalg.lstsq(torch.stack([q, 1 / q], 1), y[:, None]).solution.flatten()
+    return (c / a).abs().sqrt().item()
+""",
+)
+best_chunk.wrong(
+    "the ratio without its root",
+    """
+import torch
+def best_chunk(sizes, times):
+    q, y = torch.tensor(sizes).double(), torch.tensor(times).double()
+    a, _, c = torch.linalg.lstsq(torch.stack([q, torch.ones_like(q), 1 / q], 1), y[:, None]).solution.flatten()
+    return (c / a).item()
 """,
 )
