@@ -1103,3 +1103,197 @@ def best_chunk(sizes, times):
     return (c / a).item()
 """,
 )
+
+# ---------------------------------------------------------------------------------------------------------
+# Mamba-3
+
+settings = Exercise("m2-count", "settings", "Count modulo m", stars=2, minutes=15)
+
+
+def _angles(settings: Any, tokens: torch.Tensor, m: int) -> torch.Tensor:
+    """Where a state written once stands after each token, as a complex number `(l,)`."""
+    from mambakit import ops
+
+    step, angles = settings(tokens, m)
+    l = len(tokens) + 1
+    x, one = torch.zeros(1, l, 1, 1, dtype=torch.float64), torch.ones(1, l, 1, dtype=torch.float64)
+    x[:, 0] = 1 / float(step)
+    rates = torch.cat([torch.zeros(1, dtype=torch.float64), angles.double()])[None, :, None]
+    B = torch.zeros(1, l, 1, 1, 2, dtype=torch.float64)
+    B[..., 0] = 1
+    pair = []
+    for column in (0, 1):
+        C = torch.zeros_like(B)
+        C[..., column] = 1
+        y, _ = ops.trapezoidal(x, float(step) * one, 0 * one, B, C, 60 * one, rates, backend="reference")
+        pair.append(y.flatten()[1:])
+    return torch.complex(pair[0], -pair[1])  # read in turned coordinates, so against the turn
+
+
+@settings.part("the state stands at the sum modulo m", points=2)
+def _(settings, rng):
+    for m in (2, 3, 7, 10):
+        tokens = torch.randint(0, m, (30,), generator=rng)
+        expected = torch.exp(2j * math.pi * (tokens.cumsum(0) % m).double() / m)
+        close(_angles(settings, tokens, m), expected.to(torch.complex128), f"the state for m = {m}", 1e-8)
+
+
+@settings.part("nothing is lost and 0 does not turn")
+def _(settings, rng):
+    tokens = torch.zeros(12, dtype=torch.int64)
+    close(_angles(settings, tokens, 5), torch.ones(12, dtype=torch.complex128), "the state after zeros", 1e-9)
+
+
+settings.wrong(
+    "a step of 1, which reaches only half a turn",
+    "import torch\ndef settings(tokens, m):\n    return 1.0, torch.atanh(tokens.double() / m)\n",
+)
+settings.wrong(
+    "the tanh forgotten",
+    "import torch\ndef settings(tokens, m):\n    return 2.0, tokens.double() / m\n",
+)
+settings.wrong(
+    "counting positions instead of tokens",
+    "import torch\ndef settings(tokens, m):\n    return 2.0, torch.full((len(tokens),), 1 / m).double().atanh()\n",
+)
+
+turned = Exercise("m2-turn", "turned", "Turn pairs", stars=2, minutes=15)
+
+
+@turned.part("as multiplication by complex numbers", points=2)
+def _(turned, rng):
+    B, turn = normal(rng, 9, 6), normal(rng, 9, 3)
+    z = torch.view_as_complex(B.unflatten(-1, (3, 2)).contiguous()) * torch.exp(1j * turn.cumsum(0))
+    close(turned(B, turn), torch.view_as_real(z).flatten(1), "the turned vectors", 1e-11)
+
+
+@turned.part("products depend on the turns between two tokens only")
+def _(turned, rng):
+    B, turn = normal(rng, 9, 6), normal(rng, 9, 3)
+    later = turn.clone()
+    later[0] += 1.0
+    first, second = turned(B, turn), turned(B, later)
+    close(second @ second.T, first @ first.T, "the products", 1e-11)
+
+
+@turned.part("no length changes")
+def _(turned, rng):
+    B, turn = normal(rng, 9, 6), normal(rng, 9, 3)
+    close(turned(B, turn).norm(dim=1), B.norm(dim=1), "the lengths", 1e-11)
+
+
+turned.wrong(
+    "turns not summed",
+    """
+import torch
+def turned(B, turn):
+    u, v = B[:, ::2], B[:, 1::2]
+    return torch.stack([u * turn.cos() - v * turn.sin(), u * turn.sin() + v * turn.cos()], -1).flatten(1)
+""",
+)
+turned.wrong(
+    "halves instead of neighbours",
+    """
+import torch
+def turned(B, turn):
+    t = turn.cumsum(0)
+    u, v = B.chunk(2, -1)
+    return torch.cat([u * t.cos() - v * t.sin(), u * t.sin() + v * t.cos()], -1)
+""",
+)
+turned.wrong(
+    "a sign forgotten",
+    """
+import torch
+def turned(B, turn):
+    t = turn.cumsum(0)
+    u, v = B[:, ::2], B[:, 1::2]
+    return torch.stack([u * t.cos() + v * t.sin(), u * t.sin() + v * t.cos()], -1).flatten(1)
+""",
+)
+
+trapezoid = Exercise("m2-trapezoid", "matrix", "Mamba-3 as attention", stars=3, minutes=30, graded=True)
+
+
+def _steps(rng: torch.Generator, l: int) -> tuple[torch.Tensor, ...]:
+    """Steps, rates, B, C and weights of one head with four states."""
+    B, C = normal(rng, l, 4), normal(rng, l, 4)
+    return uniform(rng, l) + 0.05, -uniform(rng, l), B, C, 0.1 + 0.8 * uniform(rng, l)
+
+
+@trapezoid.part("its product with an input is the library's recurrence", points=3)
+def _(matrix, rng):
+    from mambakit import ops
+
+    dt, A, B, C, w = _steps(rng, 15)
+    x = normal(rng, 15)
+    y, _ = ops.trapezoidal(
+        x.view(1, -1, 1, 1),
+        dt.view(1, -1, 1),
+        A.view(1, -1, 1),
+        B[None, :, None, None],
+        C[None, :, None, None],
+        torch.logit(w).view(1, -1, 1),
+        torch.zeros(1, 15, 1, dtype=torch.float64),
+        backend="reference",
+    )
+    close(matrix(dt, A, B, C, w) @ x, y.flatten(), "M x", 1e-9)
+
+
+@trapezoid.part("with w = 1 it is Mamba-2's")
+def _(matrix, rng):
+    from mambakit import ops
+
+    dt, _, B, C, _ = _steps(rng, 12)
+    one = torch.ones_like(dt)
+    unit = torch.eye(12, dtype=torch.float64)[None, :, None]
+    y, _ = ops.ssd(unit, dt[None, :, None], -one[:1], B[None, :, None], C[None, :, None], backend="reference")
+    close(matrix(dt, -one, B, C, one), y[0, :, 0], "M", 1e-9)
+
+
+@trapezoid.part("zeros above the diagonal, w dt on it")
+def _(matrix, rng):
+    dt, A, B, C, w = _steps(rng, 12)
+    M = matrix(dt, A, B, C, w)
+    close(M.triu(), torch.diag(w * dt * (B * C).sum(-1)), "the diagonal and what is above", 1e-12)
+
+
+trapezoid.wrong(
+    "Mamba-2's matrix",
+    """
+import torch
+def matrix(dt, A, B, C, w):
+    s = (dt * A).cumsum(0)
+    return torch.exp((s[:, None] - s).tril()).tril() * (C @ B.T) * dt
+""",
+)
+trapezoid.wrong(
+    "the left end weighted by its own step",
+    """
+import torch
+def matrix(dt, A, B, C, w):
+    s = (dt * A).cumsum(0)
+    M = torch.exp((s[:, None] - s).tril()).tril() * (C @ B.T)
+    return M * (dt.expand(len(dt), -1).tril(-1) + torch.diag(w * dt))
+""",
+)
+trapezoid.wrong(
+    "both ends on the diagonal",
+    """
+import torch
+def matrix(dt, A, B, C, w):
+    s = (dt * A).cumsum(0)
+    after = torch.cat([((1 - w) * dt)[1:], torch.zeros(1, dtype=dt.dtype)])
+    return torch.exp((s[:, None] - s).tril()).tril() * (C @ B.T) * (w * dt + after)
+""",
+)
+trapezoid.wrong(
+    "no mask",
+    """
+import torch
+def matrix(dt, A, B, C, w):
+    s = (dt * A).cumsum(0)
+    after = torch.cat([((1 - w) * dt)[1:], torch.zeros(1, dtype=dt.dtype)])
+    return torch.exp(s[:, None] - s) * (C @ B.T) * ((w * dt + after).expand(len(dt), -1) - torch.diag(after))
+""",
+)
