@@ -101,9 +101,7 @@ def toeplitz(column, row, x):
 """,
 )
 
-causal_product = Exercise(
-    "m2-causal-low-rank", "causal_product", "Causal and low rank", stars=2, minutes=15
-)
+causal_product = Exercise("m2-causal-low-rank", "causal_product", "Causal and low rank", stars=2, minutes=15)
 
 
 @causal_product.part("equals the masked product", points=2)
@@ -167,7 +165,9 @@ def _(segsum, rng):
             expected[i, j] = log_a[j + 1 : i + 1].sum()
     got = segsum(log_a)
     assert got.shape == (9, 9), f"the result has shape {tuple(got.shape)}, expected (9, 9)"
-    assert bool((got.triu(1).exp().triu(1) == 0).all()), "above the diagonal there is something else than -inf"
+    assert bool((got.triu(1).exp().triu(1) == 0).all()), (
+        "above the diagonal there is something else than -inf"
+    )
     close(got.tril().nan_to_num(neginf=99.0), expected.tril().nan_to_num(neginf=99.0), "a sum", 1e-12)
 
 
@@ -518,9 +518,7 @@ def retention(gamma, length):
 # ---------------------------------------------------------------------------------------------------------
 # Mamba-2
 
-state_numbers = Exercise(
-    "m2-state-numbers", "state_numbers", "How much does it carry?", stars=1, minutes=10
-)
+state_numbers = Exercise("m2-state-numbers", "state_numbers", "How much does it carry?", stars=1, minutes=10)
 
 
 def _block(rng: torch.Generator, **settings: int) -> Any:
@@ -551,7 +549,8 @@ def _(state_numbers, rng):
 
 
 state_numbers.wrong(
-    "the convolution forgotten", "def state_numbers(d_model, n, p, g, w, expand):\n    return expand * d_model * n\n"
+    "the convolution forgotten",
+    "def state_numbers(d_model, n, p, g, w, expand):\n    return expand * d_model * n\n",
 )
 state_numbers.wrong(
     "a state per head only",
@@ -634,8 +633,13 @@ def step(u, w, conv, ssm):
     return code
 
 
-step.wrong("groups in turns instead of blocks", _variant((".repeat_interleave(h // g, 1)", ".repeat(1, h // g, 1)")))
-step.wrong("the norm before the gate", _variant((" * F.silu(z)).view", ").view"), ("return y @", "return y * F.silu(z) @")))
+step.wrong(
+    "groups in turns instead of blocks", _variant((".repeat_interleave(h // g, 1)", ".repeat(1, h // g, 1)"))
+)
+step.wrong(
+    "the norm before the gate",
+    _variant((" * F.silu(z)).view", ").view"), ("return y @", "return y * F.silu(z) @")),
+)
 step.wrong("one norm over all groups", _variant((".view(b, g, d // g)", ".view(b, 1, d)")))
 step.wrong("the convolution's output kept", _variant(("window[:, 1:], ssm", "window[:, :-1], ssm")))
 step.wrong("the input not scaled by the step", _variant((" + dt * x[..., None]", " + x[..., None]")))
@@ -903,7 +907,10 @@ def ssd(x, dt, A, B, C, q=16, initial_state=None):
 
 
 ssd.wrong("heads in turns", _mistaken((".repeat_interleave(h // g, 2)", ".repeat(1, 1, h // g, 1)")))
-ssd.wrong("states detached between chunks", _mistaken(("    return torch.cat", "        state = state.detach()\n    return torch.cat")))
+ssd.wrong(
+    "states detached between chunks",
+    _mistaken(("    return torch.cat", "        state = state.detach()\n    return torch.cat")),
+)
 ssd.wrong("the initial state forgotten", _mistaken((" if initial_state is None else initial_state", "")))
 ssd.wrong("a short last chunk left out", _mistaken(("range(0, l, q)", "range(0, max(l - q + 1, 1), q)")))
 ssd.wrong(
@@ -954,7 +961,12 @@ def _(input_gradient, rng):
     C, B, log_a, dY = normal(rng, 12, 3), normal(rng, 12, 3), -uniform(rng, 12), normal(rng, 12, 2)
     changed = dY.clone()
     changed[:5] += 10
-    close(input_gradient(C, B, log_a, changed)[5:], input_gradient(C, B, log_a, dY)[5:], "dX from token 5", 1e-10)
+    close(
+        input_gradient(C, B, log_a, changed)[5:],
+        input_gradient(C, B, log_a, dY)[5:],
+        "dX from token 5",
+        1e-10,
+    )
 
 
 input_gradient.wrong(
@@ -1038,14 +1050,26 @@ waiting = Exercise("m2-waiting", "waiting", "Steps that wait", stars=2, minutes=
 
 @waiting.part("one by one: a border between chunks each")
 def _(waiting, rng):
-    for l, q in ((1024, 64), (1000, 64), (64, 64), (65, 64), *torch.randint(1, 999, (9, 2), generator=rng).tolist()):
+    for l, q in (
+        (1024, 64),
+        (1000, 64),
+        (64, 64),
+        (65, 64),
+        *torch.randint(1, 999, (9, 2), generator=rng).tolist(),
+    ):
         found, expected = waiting(l, q)[0], len(range(q, l, q))
         assert found == expected, f"{l} tokens in chunks of {q}: {found}, expected {expected}"
 
 
 @waiting.part("by a scan: as many doublings as reach over all chunks")
 def _(waiting, rng):
-    for l, q in ((1024, 64), (1088, 64), (64, 64), (65, 64), *torch.randint(1, 999, (9, 2), generator=rng).tolist()):
+    for l, q in (
+        (1024, 64),
+        (1088, 64),
+        (64, 64),
+        (65, 64),
+        *torch.randint(1, 999, (9, 2), generator=rng).tolist(),
+    ):
         reach, doublings = 1, 0
         while reach < len(range(0, l, q)):
             reach, doublings = 2 * reach, doublings + 1
@@ -1063,7 +1087,11 @@ best_chunk = Exercise("m2-best-chunk", "best_chunk", "The best chunk", stars=2, 
 
 
 def _bowl(rng: torch.Generator) -> tuple[list[int], list[float], float]:
-    alpha, beta, best = (0.02 * uniform(rng, 1) + 0.005).item(), uniform(rng, 1).item(), 20 + 200 * uniform(rng, 1).item()
+    alpha, beta, best = (
+        (0.02 * uniform(rng, 1) + 0.005).item(),
+        uniform(rng, 1).item(),
+        20 + 200 * uniform(rng, 1).item(),
+    )
     sizes = [4, 16, 64, 256, 1024]
     return sizes, [alpha * q + beta + alpha * best**2 / q for q in sizes], best
 
@@ -1082,7 +1110,10 @@ def _(best_chunk, rng):
     assert abs(found / best - 1) < 1e-3, f"best chunk {found:.1f}, expected {best:.1f}"
 
 
-best_chunk.wrong("the fastest of the measured", "def best_chunk(sizes, times):\n    return float(sizes[times.index(min(times))])\n")
+best_chunk.wrong(
+    "the fastest of the measured",
+    "def best_chunk(sizes, times):\n    return float(sizes[times.index(min(times))])\n",
+)
 best_chunk.wrong(
     "no constant in the model",
     """
@@ -1296,4 +1327,116 @@ def matrix(dt, A, B, C, w):
     after = torch.cat([((1 - w) * dt)[1:], torch.zeros(1, dtype=dt.dtype)])
     return torch.exp(s[:, None] - s) * (C @ B.T) * ((w * dt + after).expand(len(dt), -1) - torch.diag(after))
 """,
+)
+
+# ---------------------------------------------------------------------------------------------------------
+# The paper
+
+heads = Exercise("m2-patterns", "heads", "All patterns by one function", stars=2, minutes=20)
+
+
+def _masked(C: torch.Tensor, B: torch.Tensor, X: torch.Tensor, log_a: torch.Tensor) -> torch.Tensor:
+    """The same as masked attention, head by head."""
+    h = log_a.shape[1]
+    C, B, X = (t.expand(-1, h, -1) for t in (C, B, X))
+    columns = []
+    for i in range(h):
+        sums = log_a[:, i].cumsum(0)
+        L = torch.exp((sums[:, None] - sums).tril()).tril()
+        columns.append((L * (C[:, i] @ B[:, i].T)) @ X[:, i])
+    return torch.stack(columns, dim=1)
+
+
+@heads.part("every head with its own vectors")
+def _(heads, rng):
+    inputs = normal(rng, 14, 3, 4), normal(rng, 14, 3, 4), normal(rng, 14, 3, 5), -uniform(rng, 14, 3)
+    close(heads(*inputs), _masked(*inputs), "Y", 1e-9)
+
+
+@heads.part("shared queries, keys or values", points=2)
+def _(heads, rng):
+    for c, b, x in ((1, 1, 3), (3, 1, 1), (1, 3, 1)):
+        inputs = normal(rng, 14, c, 4), normal(rng, 14, b, 4), normal(rng, 14, x, 5), -uniform(rng, 14, 3)
+        close(heads(*inputs), _masked(*inputs), f"Y of {c} queries, {b} keys, {x} values for 3 heads", 1e-9)
+
+
+@heads.part("a head does not hear another's decays")
+def _(heads, rng):
+    C, B, X, log_a = normal(rng, 9, 1, 4), normal(rng, 9, 1, 4), normal(rng, 9, 3, 5), -uniform(rng, 9, 3)
+    changed = log_a.clone()
+    changed[:, 1] -= 1
+    close(heads(C, B, X, changed)[:, ::2], heads(C, B, X, log_a)[:, ::2], "the other heads", 1e-12)
+
+
+heads.wrong(
+    "one decay for all heads",
+    """
+import torch
+def heads(C, B, X, log_a):
+    h = log_a.shape[1]
+    C, B, X = (t.expand(-1, h, -1) for t in (C, B, X))
+    s = log_a.mean(1).cumsum(0)
+    L = torch.exp((s[:, None] - s).tril()).tril()
+    return torch.einsum("ihn,jhn,ij,jhp->ihp", C, B, L, X)
+""",
+)
+heads.wrong(
+    "no decay",
+    """
+import torch
+def heads(C, B, X, log_a):
+    h = log_a.shape[1]
+    C, B, X = (t.expand(-1, h, -1) for t in (C, B, X))
+    return torch.einsum("ihn,jhn,ij,jhp->ihp", C, B, torch.ones(len(C), len(C), dtype=C.dtype).tril(), X)
+""",
+)
+heads.wrong(
+    "shared vectors not repeated",
+    """
+import torch
+def heads(C, B, X, log_a):
+    s = log_a.cumsum(0)
+    L = torch.exp((s[:, None] - s).permute(2, 0, 1).tril()).tril()
+    return torch.stack([(L[i] * (C[:, i] @ B[:, i].T)) @ X[:, i] for i in range(X.shape[1])], 1)
+""",
+)
+
+enough = Exercise("m2-enough", "enough", "How much of the gain?", stars=1, minutes=10)
+
+
+def _table(rng: torch.Generator) -> dict[int, float]:
+    """Perplexities that fall to a bottom at 5 layers and rise again, out of order."""
+    drop = uniform(rng, 1).item() + 0.5
+    return {
+        7: 9.5 - drop,
+        0: 10.0,
+        1: 10 - 0.6 * drop,
+        3: 10 - 0.9 * drop,
+        5: 10.0 - drop,
+        11: 10 - 0.2 * drop,
+    }
+
+
+@enough.part("the least number that reaches the share", points=2)
+def _(enough, rng):
+    table = _table(rng)
+    table[7] = table[5] + 0.01
+    for share, expected in ((0.5, 1), (0.8, 3), (0.95, 5)):
+        found = enough(table, share)
+        assert found == expected, f"{share:.0%} of the gain: {found} layers, expected {expected}"
+
+
+@enough.part("no share needs no layer")
+def _(enough, rng):
+    assert enough(_table(rng), 0.0) == 0, f"no gain at all: {enough(_table(rng), 0.0)} layers, expected 0"
+
+
+enough.wrong(
+    "the share of the last value's gain",
+    "def enough(table, share):\n    last = table[max(table)]\n"
+    "    return min(n for n, v in table.items() if table[0] - v >= share * (table[0] - last))\n",
+)
+enough.wrong(
+    "the best number",
+    "def enough(table, share):\n    return min(table, key=table.get)\n",
 )
