@@ -618,7 +618,8 @@ def step(u, w, conv, ssm):
     g = (conv.shape[-1] - d) // (2 * n)
     z, xBC, dt = (u @ w["in_proj.weight"].T).split((d, conv.shape[-1], h), -1)
     window = torch.cat([conv, xBC[:, None]], 1)
-    x, B, C = F.silu((window * w["conv1d.weight"][:, 0].T).sum(1) + w["conv1d.bias"]).split((d, g * n, g * n), -1)
+    xBC = F.silu((window * w["conv1d.weight"][:, 0].T).sum(1) + w["conv1d.bias"])
+    x, B, C = xBC.split((d, g * n, g * n), -1)
     B, C = (t.view(b, g, n).repeat_interleave(h // g, 1) for t in (B, C))
     x, dt = x.view(b, h, p), F.softplus(dt + w["dt_bias"])[..., None, None]
     ssm = torch.exp(-dt * torch.exp(w["A_log"])[:, None, None]) * ssm + dt * x[..., None] * B[:, :, None]
@@ -893,7 +894,8 @@ def ssd(x, dt, A, B, C, q=16, initial_state=None):
         b_, c_ = B[:, s:s+q], C[:, s:s+q]
         k = a.shape[-1]
         ones = torch.ones(k, k, dtype=torch.bool)
-        L = a[..., None].expand(*a.shape, k).masked_fill(~ones.tril(-1), 0).cumsum(-2).exp().masked_fill(~ones.tril(), 0)
+        L = a[..., None].expand(*a.shape, k).masked_fill(~ones.tril(-1), 0).cumsum(-2).exp()
+        L = L.masked_fill(~ones.tril(), 0)
         since = a.cumsum(-1).exp()
         y = torch.einsum("bihn,bjhn,bhij,bjhp->bihp", c_, b_, L, u)
         rows.append(y + torch.einsum("bihn,bhpn,bhi->bihp", c_, state, since))
@@ -1130,7 +1132,8 @@ best_chunk.wrong(
 import torch
 def best_chunk(sizes, times):
     q, y = torch.tensor(sizes).double(), torch.tensor(times).double()
-    a, _, c = torch.linalg.lstsq(torch.stack([q, torch.ones_like(q), 1 / q], 1), y[:, None]).solution.flatten()
+    terms = torch.stack([q, torch.ones_like(q), 1 / q], 1)
+    a, _, c = torch.linalg.lstsq(terms, y[:, None]).solution.flatten()
     return (c / a).item()
 """,
 )
@@ -1185,7 +1188,8 @@ settings.wrong(
 )
 settings.wrong(
     "counting positions instead of tokens",
-    "import torch\ndef settings(tokens, m):\n    return 2.0, torch.full((len(tokens),), 1 / m).double().atanh()\n",
+    "import torch\ndef settings(tokens, m):\n"
+    "    return 2.0, torch.full((len(tokens),), 1 / m).double().atanh()\n",
 )
 
 turned = Exercise("m2-turn", "turned", "Turn pairs", stars=2, minutes=15)
