@@ -35,7 +35,7 @@ CourseFigures.register("semiseparable", function (root, data, tools) {
     const shown = values.slice(0, 16), logs = shown.map((v) => Math.log10(Math.max(v, floor)));
     const bars = tools.plot(tools.canvas, {
       width: width >= side + 240 ? width - side : width, height: 260, x: [0.4, 16.6], y: [-16.5, Math.ceil(Math.max(...logs)) + 0.5],
-      xLabel: "singular value", title: "its singular values (log₁₀)"
+      xLabel: "singular value", title: "singular values (log₁₀)"
     });
     shown.forEach((_, i) => bars.line([i + 1, i + 1], [-16.5, logs[i]], "one"));
     bars.dots(shown.map((_, i) => i + 1), logs, "one", 4);
