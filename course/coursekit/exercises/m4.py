@@ -77,9 +77,7 @@ def cache_bytes(windows, kv_heads, head_dim, length, size=2):
 """,
 )
 
-afford = Exercise(
-    "m4-afford", "afford", "How much attention fits the card", stars=2, minutes=20, graded=True
-)
+afford = Exercise("m4-afford", "afford", "How much attention fits the card", stars=2, minutes=20, graded=True)
 
 
 def _needs(attention, weights, layers, batch, length, per_token, per_layer) -> int:
@@ -326,7 +324,8 @@ plan.wrong(
     """
 def plan(layers, attn_period, attn_offset, expert_period, expert_offset):
     return "".join(
-        ("*" if i % attn_period == attn_offset else "M") + ("E" if i % expert_period == expert_offset else "-")
+        ("*" if i % attn_period == attn_offset else "M")
+        + ("E" if i % expert_period == expert_offset else "-")
         for i in range(1, layers + 1)
     )
 """,
@@ -415,10 +414,8 @@ def _(active, rng):
         named = LanguageModel(config.ours(), device="meta").named_parameters()
         return sum(p.numel() for name, p in named if "router" not in name)
 
-    if top_k == 1:  # one expert alone would be no mixture in their words
-        expected = total(3) - 4 * 2 * 3 * d * hidden
-    else:
-        expected = total(top_k)
+    spare = 2 if top_k == 1 else 0  # one expert alone would be no mixture in their words
+    expected = total(top_k + spare) - 4 * spare * 3 * d * hidden
     got = active(total(experts), 3 * d * hidden, 4, experts, top_k)
     assert got == expected, f"{got}, expected {expected}"
 
@@ -600,7 +597,9 @@ def spread(layers, attention):
 # ---------------------------------------------------------------------------------------------------------
 # Hybrid block
 
-continue_mask = Exercise("m4-continue-mask", "continue_mask", "The mask of a continuation", stars=2, minutes=15)
+continue_mask = Exercise(
+    "m4-continue-mask", "continue_mask", "The mask of a continuation", stars=2, minutes=15
+)
 
 
 @continue_mask.part("the last rows of the mask of the whole sequence")
