@@ -142,7 +142,14 @@ class Quiz(SphinxDirective):
             parts.append(_raw(f'<div role="group" aria-labelledby="ask-{name}"><ul>'))
             for index, choice in enumerate(question.choices):
                 words, messages = self.parse_inline(choice.text.strip())
-                box = f'<li><label><input type="{kind}" name="{name}" value="{index}"> <span>'
+                # Of a choice that is a formula only, a reader of the screen would hear nothing.
+                spoken = (
+                    html.escape(choice.text.strip().replace("$", ""), quote=True)
+                    if "$" in choice.text
+                    else ""
+                )
+                label = f' aria-label="{spoken}"' if spoken else ""
+                box = f'<li><label><input type="{kind}" name="{name}" value="{index}"{label}> <span>'
                 parts += [_raw(box), nodes.inline("", "", *words), *messages]
                 parts.append(_raw('</span></label><div class="why" hidden></div></li>'))
             parts.append(_raw("</ul></div>"))

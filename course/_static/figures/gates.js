@@ -18,7 +18,7 @@ CourseFigures.register("gates", function (root, data, tools) {
     const text = tools.element("div", { class: "tokens" }, tools.canvas);
     data.tokens.forEach((word, i) => {
       const box = tools.element("button", {
-        type: "button", class: "token" + (i === at ? " chosen" : ""), title: "Δ = " + tools.short(steps[i]), tabindex: "-1"
+        type: "button", "aria-label": "token " + i + ": " + (word.trim() || "space"), class: "token" + (i === at ? " chosen" : ""), title: "Δ = " + tools.short(steps[i]), tabindex: "-1"
       }, text, word);
       box.style.background = tools.sequential(steps[i] / most * 0.75);
       box.addEventListener("click", () => { token.value = i; tools.redraw(); });

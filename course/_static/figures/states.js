@@ -29,7 +29,7 @@ CourseFigures.register("states", function (root, data, tools) {
     curve.dots([at], [values[at]], "two", 5);
     const text = tools.element("div", { class: "tokens" }, tools.canvas);
     data.tokens.forEach((word, i) => {
-      const box = tools.element("button", { type: "button", class: "token" + (i === at ? " chosen" : ""), tabindex: "-1" }, text, word);
+      const box = tools.element("button", { type: "button", "aria-label": "token " + i + ": " + (word.trim() || "space"), class: "token" + (i === at ? " chosen" : ""), tabindex: "-1" }, text, word);
       box.style.background = tools.diverging(values[i], limit);
       box.addEventListener("click", () => { token.value = i; tools.redraw(); });
     });
