@@ -210,7 +210,7 @@ def _documents(rng):
 @pack.part("tokens stand end to end, cut or filled to the length", points=1)
 def _(pack, rng):
     documents = _documents(rng)
-    flat = sum(documents, [])
+    flat = [t for document in documents for t in document]
     for length in (len(flat) - 1, len(flat), len(flat) + 5):
         tokens, labels, seq_idx = pack(documents, length)
         assert len(tokens) == len(labels) == len(seq_idx) == length, "a tensor has another length"
@@ -221,7 +221,7 @@ def _(pack, rng):
 @pack.part("a label is the next token of the same document", points=2)
 def _(pack, rng):
     documents = _documents(rng)
-    flat = sum(documents, [])
+    flat = [t for document in documents for t in document]
     for length in (len(flat) - 1, len(flat) + 5):
         tokens, labels, seq_idx = pack(documents, length)
         for t in range(length):
@@ -413,26 +413,15 @@ def windows(total, length, stride):
     return [(s, s + 1, min(s + length, total)) for s in range(0, total, length) if s + 1 < total]
 """,
 )
-strided.wrong(
-    "a window after the end",
-    """
-def windows(total, length, stride):
-    found, end = [], 1
-    for s in range(0, total, stride):
-        found.append((s, end, max(end, min(s + length, total))))
-        end = found[-1][2]
-    return found
-""",
-)
-
 choose = Exercise("m3-choose", "choose", "acc and acc_norm", stars=1, minutes=15)
 
 
 @choose.part("by the sum: the likelier continuation")
 def _(choose, rng):
-    scores = -10 * torch.rand(4, generator=rng, dtype=torch.float64)
-    got = choose(scores.tolist(), ["a", "bb", "ccc", "dddd"])[0]
-    assert got == int(scores.argmax()), f"chose {got} by the sum, scores {scores.tolist()}"
+    for _ in range(8):
+        scores = -10 * torch.rand(4, generator=rng, dtype=torch.float64)
+        got = choose(scores.tolist(), ["a", "bb", "ccc" * 9, "dddd"])[0]
+        assert got == int(scores.argmax()), f"chose {got} by the sum, scores {scores.tolist()}"
 
 
 @choose.part("by the mean: a score of -1 per character wins against -2, however long")
@@ -442,6 +431,8 @@ def _(choose, rng):
         scores = [-(1 if k == best else 2) * len(text) for k, text in enumerate(texts)]
         got = choose(scores, texts)[1]
         assert got == best, f"chose {got} by the mean, expected {best}"
+    assert choose([-6, -10], ["a" * 4, "a" * 20])[1] == 1, "-10 for 20 characters beats -6 for 4"
+    assert choose([-6, -10], ["abcd", "a" * 20])[1] == 1, "-10 for 20 characters is more per character than -6 for 4"
 
 
 choose.wrong(
