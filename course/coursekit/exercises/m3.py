@@ -413,6 +413,14 @@ def windows(total, length, stride):
     return [(s, s + 1, min(s + length, total)) for s in range(0, total, length) if s + 1 < total]
 """,
 )
+strided.wrong(
+    "no window at all where the text fits",
+    """
+def windows(total, length, stride):
+    return [(s, s + 1, s + length) for s in range(0, total - length, stride)]
+""",
+)
+
 choose = Exercise("m3-choose", "choose", "acc and acc_norm", stars=1, minutes=15)
 
 
@@ -432,7 +440,9 @@ def _(choose, rng):
         got = choose(scores, texts)[1]
         assert got == best, f"chose {got} by the mean, expected {best}"
     assert choose([-6, -10], ["a" * 4, "a" * 20])[1] == 1, "-10 for 20 characters beats -6 for 4"
-    assert choose([-6, -10], ["abcd", "a" * 20])[1] == 1, "-10 for 20 characters is more per character than -6 for 4"
+    assert choose([-6, -10], ["abcd", "a" * 20])[1] == 1, (
+        "-10 for 20 characters is more per character than -6 for 4"
+    )
 
 
 choose.wrong(
