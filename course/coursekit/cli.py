@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--secret-file", type=Path, required=True, help="made if it does not exist; keep it")
     one.set_defaults(run=_quiz)
 
+    one = verbs.add_parser("midterm", help="write the midterm of every student, into a folder each")
+    one.add_argument("folder", type=Path)
+    one.add_argument("--student", action="append", required=True, help="once for each")
+    one.add_argument("--secret-file", type=Path, required=True, help="made if it does not exist; keep it")
+    one.set_defaults(run=_midterm)
+
     one = verbs.add_parser("grade", help="grade a folder of students' folders")
     one.add_argument("folder", type=Path)
     one.add_argument("--seed", type=int, help="of the inputs (drawn and shown if left out)")
@@ -104,11 +110,25 @@ def _check(options: argparse.Namespace) -> int:
 def _quiz(options: argparse.Namespace) -> int:
     if options.module not in quizzes.modules():
         raise ValueError(f"there is no quiz {options.module!r}; there are {', '.join(quizzes.modules())}")
-    if not options.secret_file.exists():
-        options.secret_file.write_text(secrets.token_hex(32), encoding="utf-8")
-        options.secret_file.chmod(0o600)
-    print(quizzes.form(options.module, options.student, _secret(options.secret_file)), end="")
+    print(quizzes.form(options.module, options.student, _made_secret(options.secret_file)), end="")
     return 0
+
+
+def _midterm(options: argparse.Namespace) -> int:
+    from coursekit import midterm
+
+    secret = _made_secret(options.secret_file)
+    for student in options.student:
+        for path in midterm.write(options.folder, student, secret):
+            print(path)
+    return 0
+
+
+def _made_secret(path: Path) -> bytes:
+    if not path.exists():
+        path.write_text(secrets.token_hex(32), encoding="utf-8")
+        path.chmod(0o600)
+    return _secret(path)
 
 
 def _secret(path: Path) -> bytes:
