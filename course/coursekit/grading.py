@@ -1,9 +1,9 @@
 """Grading: run the checks on what students handed in, with seeds that they have not seen.
 
-A folder holds a folder per student with notebooks (`m1-discretisation.ipynb`), quiz forms (`*.quiz.yaml`), the
-two files of the midterm, and projects (a folder with `project.yaml`). Of a notebook only the cells of exercises are executed, each by itself, in a process of its
-own; which exercises count is read from the course, not from the notebook, so a deleted or crashed cell costs
-its points and nothing else.
+A folder holds a folder per student with notebooks (`m1-discretisation.ipynb`), quiz forms (`*.quiz.yaml`),
+the two files of the midterm, and projects (a folder with `project.yaml`). Of a notebook only the cells of
+exercises are executed, each by itself, in a process of its own; which exercises count is read from the
+course, not from the notebook, so a deleted or crashed cell costs its points and nothing else.
 
 Limits: this stops mistakes and shortcuts, not an attacker, since answer and check share a process.
 """

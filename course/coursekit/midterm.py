@@ -106,8 +106,8 @@ def notebook(student: str, secret: bytes) -> jupytext.jupytext.NotebookNode:
     """The coding tasks as a notebook with empty cells."""
     names = tasks(student, secret)
     parts = [
-        f"# Midterm: coding tasks of {student}\n\nComplete the cells. The cell below each says which properties hold; "
-        "grading runs the same checks on other inputs. Hand in this file and `midterm.quiz.yaml`."
+        f"# Midterm: coding tasks of {student}\n\nComplete the cells. The cell below each says "
+        "which properties hold; grading runs the same checks on other inputs. Hand in this file and `midterm.quiz.yaml`."
     ]
     for number, name in enumerate(names, start=1):
         exercise, (where, cell) = exercises.find(name), lessons.exercise_cells()[name]
@@ -115,7 +115,8 @@ def notebook(student: str, secret: bytes) -> jupytext.jupytext.NotebookNode:
         parts += [
             f"## {number}. {exercise.title} ({exercise.points} points)\n\n{text}",
             f"```{{code-cell}} python\n:exercise: {name}\n{lessons.stub(cell.code)}```",
-            f'```{{code-cell}} python\nfrom coursekit import check\n\ncheck("{name}", {exercise.function})\n```',
+            "```{code-cell} python\nfrom coursekit import check\n\n"
+            f'check("{name}", {exercise.function})\n```',
         ]
     made = jupytext.reads("\n\n".join(parts), fmt="md:myst")
     made.metadata = {
@@ -172,7 +173,8 @@ def marked(student: str, text: str, secret: bytes) -> dict[str, bool]:
         raise ValueError(f"this is the form of {filled['student']}")
     if filled.get("course") != version():
         raise ValueError(
-            f"this form was made by the course in its version {filled.get('course')}, and this is {version()}: "
+            f"this form was made by the course in its version {filled.get('course')}, "
+            f"and this is {version()}: "
             "mark it with the checkout that made it"
         )
     return quizzes.judged(questions(student, secret), filled["answers"] or {})

@@ -1,15 +1,15 @@
-"""Final projects: a folder from a template, its runs recorded, and everything about it that a machine can judge.
+"""Final projects: a folder from a template, its runs recorded, and all of it that a machine can judge.
 
 A project is a folder with
 
     project.yaml            track, question, variants with their roles, seeds, claims, tolerances
-    run.py                  makes all runs: `python run.py --out FILE`, and fewer or shorter ones with `--small`
+    run.py                  makes all runs: `python run.py --out FILE`; shorter ones with `--small`
     report.md               what was asked, done and found
     recorded/summary.json   what `record` saw when it ran the command: never written by hand
     recorded/small.json     the same with `--small`, which `verify` runs again
 
-`run.py` writes a list of `{"variant": ..., "seed": ..., "metrics": {name: number}}` as JSON. Nothing in it needs
-this module, so a project outlives the course.
+`run.py` writes a list of `{"variant": ..., "seed": ..., "metrics": {name: number}}` as JSON. Nothing in it
+needs this module, so a project outlives the course.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ TRACKS: dict[str, dict[str, int]] = {
     "evaluate": {"subject": 3, "trivial": 1, "other": 1},
     "theory": {"subject": 1, "control": 1},
 }
-"""Track -> how many variants of each role it needs. `trivial` does not learn, `other` has no state space model in
-it, a `control` is what should fail: the design without its idea, the theorem without its assumption."""
+"""Track -> how many variants of each role it needs. `trivial` does not learn, `other` has no state space model
+in it, a `control` is what should fail: a design without its idea, a theorem without its assumption."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +329,7 @@ def values(runs: list[dict[str, Any]], variant: str, metric: str) -> list[float]
 
 
 def _claims(folder: Path) -> None:
-    """`{variant, metric, mean, within}` or `{metric, better, than, by, higher}`: each holds in the records."""
+    """`{variant, metric, mean, within}` or `{metric, better, than, by, higher}`: each holds there."""
     plan, runs = read(folder), _recorded(folder, "summary")["runs"]
     if not plan["claims"]:
         raise Wrong("a project claims something")
@@ -340,17 +340,19 @@ def _claims(folder: Path) -> None:
             margins = [sign * (one - other) for one, other in zip(better, worse, strict=True)]
             if min(margins) < claim["by"]:
                 raise Wrong(
-                    f"{claim['better']} beats {claim['than']} by {min(margins):.4g} with one seed, not {claim['by']}"
+                    f"{claim['better']} beats {claim['than']} by {min(margins):.4g} with one seed, "
+                    f"not {claim['by']}"
                 )
         else:
             mean = statistics.fmean(values(runs, claim["variant"], claim["metric"]))
             if not abs(mean - claim["mean"]) <= claim["within"]:
                 raise Wrong(
-                    f"{claim['variant']}: {claim['metric']} is {mean:.4g}, not {claim['mean']} +- {claim['within']}"
+                    f"{claim['variant']}: {claim['metric']} is {mean:.4g}, "
+                    f"not {claim['mean']} +- {claim['within']}"
                 )
 
 
-_NUMBER = re.compile(r"(?<![\w.^])[-−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?:\s?%)?(?![\w])")
+_NUMBER = re.compile(r"(?<![\w.^])[-\u2212]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?:\s?%)?(?![\w])")
 
 
 def measured(folder: Path) -> list[float]:
@@ -376,7 +378,7 @@ def measured(folder: Path) -> list[float]:
 
 
 def numbers(report: str) -> Iterator[str]:
-    """Numbers with a decimal point, an exponent or a percent sign in a report's text, code and links left out."""
+    """Numbers with a decimal point, an exponent or a percent sign in a report, without code and links."""
     text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|\$[^$]*\$", " ", report, flags=re.DOTALL)
     for found in _NUMBER.finditer(text):
         if re.search(r"[.e%]", found[0]):
@@ -388,7 +390,7 @@ def _numbers(folder: Path) -> None:
     report = (folder / "report.md").read_text(encoding="utf-8")
     elsewhere = {str(number) for number in plan.get("elsewhere", {})}
     for written in numbers(report):
-        plain = written.replace("−", "-").replace(",", "").replace(" ", "")
+        plain = written.replace("\u2212", "-").replace(",", "").replace(" ", "")
         if plain in elsewhere:
             continue
         if not any(
@@ -411,7 +413,8 @@ def _again(folder: Path) -> None:
     runs, seconds = run(folder, small=True, limit=20 * float(plan["cpu_seconds"]) + 60)
     if seconds > 2 * plan["cpu_seconds"]:
         raise Wrong(
-            f"the small command took {seconds:.0f} s of processor time, twice the {plan['cpu_seconds']} allowed"
+            f"the small command took {seconds:.0f} s of processor time, "
+            f"twice the {plan['cpu_seconds']} allowed"
         )
     old, new = ({(one["variant"], one["seed"]): one["metrics"] for one in each} for each in (recorded, runs))
     if set(old) != set(new):
@@ -478,7 +481,7 @@ def _theory(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def _design(folder: Path, plan: dict[str, Any]) -> None:
-    """The mixer agrees with itself: in pieces, token by token, in packed rows; it sees no future; gradients."""
+    """The mixer agrees with itself: in pieces, token by token, in packed rows; no future; gradients."""
     spec = importlib.util.spec_from_file_location(f"project_{source_hash(folder)}", folder / "run.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""The midterm: drawn per student, markable without a key file, the reference gets everything and a stub nothing."""
+"""The midterm: drawn per student, marked without a key file; the reference gets all, a stub nothing."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def key(question):
 
 
 def test_a_class_is_graded(tmp_path):
-    """Reference 100; the stub and empty answers 0; wrong answers lose parts; another's form counts nothing."""
+    """Reference 100, stub 0; wrong answers lose parts; another's form counts nothing."""
     hand_in(tmp_path, "ada", code=solution, answers=key)
     hand_in(tmp_path, "bob", code=lambda name, stub: stub, answers=lambda question: None)
     hand_in(tmp_path, "eve", code=wrong, answers=key)

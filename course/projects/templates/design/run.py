@@ -12,7 +12,8 @@ VARIANTS = ("mine", "without", "attention", "majority")
 def experiment(variant, seed, small):
     """One variant with one seed; small takes seconds. FILL IN.
 
-    Put the mixer into run.py: a MixerConfig called MyConfig and its Mixer, as the guide's page on mixers shows.
+    Put the mixer into run.py: a MixerConfig called MyConfig and its Mixer, as the guide's page
+    on mixers shows.
     """
     torch.manual_seed(seed)
     return {"accuracy": 0.0}
