@@ -107,7 +107,8 @@ def notebook(student: str, secret: bytes) -> jupytext.jupytext.NotebookNode:
     names = tasks(student, secret)
     parts = [
         f"# Midterm: coding tasks of {student}\n\nComplete the cells. The cell below each says "
-        "which properties hold; grading runs the same checks on other inputs. Hand in this file and `midterm.quiz.yaml`."
+        "which properties hold; grading runs "
+        "the same checks on other inputs. Hand in this file and `midterm.quiz.yaml`."
     ]
     for number, name in enumerate(names, start=1):
         exercise, (where, cell) = exercises.find(name), lessons.exercise_cells()[name]

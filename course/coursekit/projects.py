@@ -54,8 +54,8 @@ TRACKS: dict[str, dict[str, int]] = {
     "evaluate": {"subject": 3, "trivial": 1, "other": 1},
     "theory": {"subject": 1, "control": 1},
 }
-"""Track -> how many variants of each role it needs. `trivial` does not learn, `other` has no state space model
-in it, a `control` is what should fail: a design without its idea, a theorem without its assumption."""
+"""Track -> how many variants of each role it needs. `trivial` does not learn, `other` has no state space
+model in it, a `control` is what should fail: a design without its idea, a theorem without its assumption."""
 
 
 @dataclasses.dataclass(frozen=True)

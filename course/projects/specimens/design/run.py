@@ -25,7 +25,7 @@ class GatedConfig(MixerConfig, tag="project-gated"):
 class Gated(Mixer, config=GatedConfig):
     """h_t = a_t h_{t-1} + v_t, a_t from the token, and a linear layer behind it."""
 
-    def __init__(self, d_model, config=GatedConfig(), *, device=None, dtype=None):
+    def __init__(self, d_model, config=GatedConfig(), *, device=None, dtype=None):  # noqa: B008
         super().__init__()
         made = {"device": device, "dtype": dtype}
         self.signed = config.signed
