@@ -39,7 +39,7 @@ if only:  # a preview of single pages: references into the others are no mistake
         "ref.term",
         "myst.xref_missing",
     ]
-exclude_patterns = ["README.md", "CONTRIBUTING.md", "coursekit", "_static", "quizzes", "projects"]
+exclude_patterns = ["README.md", "CONTRIBUTING.md", "coursekit", "_static", "quizzes", "midterm", "projects"]
 
 # Lessons: executed, and executed again whenever the library or the course's own modules change
 nb_execution_mode = "cache"

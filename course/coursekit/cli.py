@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("folder", nargs="?", type=Path, default=Path("notebooks"))
     one.set_defaults(run=_notebooks)
 
-    one = verbs.add_parser("check", help="check the exercises of a notebook")
+    one = verbs.add_parser("check", help="check the exercises of a notebook, or a project")
     one.add_argument("notebook", nargs="+", type=Path)
     one.set_defaults(run=_check)
 
@@ -56,6 +56,18 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--student", required=True)
     one.add_argument("--secret-file", type=Path, required=True, help="made if it does not exist; keep it")
     one.set_defaults(run=_quiz)
+
+    one = verbs.add_parser("midterm", help="write the midterm of every student, into a folder each")
+    one.add_argument("folder", type=Path)
+    one.add_argument("--student", action="append", required=True, help="once for each")
+    one.add_argument("--secret-file", type=Path, required=True, help="made if it does not exist; keep it")
+    one.set_defaults(run=_midterm)
+
+    one = verbs.add_parser("project", help="begin, record or verify a final project")
+    one.add_argument("action", choices=("new", "record", "check"))
+    one.add_argument("folder", type=Path)
+    one.add_argument("--track", default="", help="for new: finetune, design, evaluate or theory")
+    one.set_defaults(run=_project)
 
     one = verbs.add_parser("grade", help="grade a folder of students' folders")
     one.add_argument("folder", type=Path)
@@ -92,6 +104,9 @@ def _notebooks(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     missed = 0
     for path in options.notebook:
+        if (path / "project.yaml").is_file():
+            missed += _verified(path)
+            continue
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
         for name, outcomes in grading.check_notebook(path, seed=0):
@@ -104,11 +119,51 @@ def _check(options: argparse.Namespace) -> int:
 def _quiz(options: argparse.Namespace) -> int:
     if options.module not in quizzes.modules():
         raise ValueError(f"there is no quiz {options.module!r}; there are {', '.join(quizzes.modules())}")
-    if not options.secret_file.exists():
-        options.secret_file.write_text(secrets.token_hex(32), encoding="utf-8")
-        options.secret_file.chmod(0o600)
-    print(quizzes.form(options.module, options.student, _secret(options.secret_file)), end="")
+    print(quizzes.form(options.module, options.student, _made_secret(options.secret_file)), end="")
     return 0
+
+
+def _midterm(options: argparse.Namespace) -> int:
+    from coursekit import midterm
+
+    secret = _made_secret(options.secret_file)
+    for student in options.student:
+        for path in midterm.write(options.folder, student, secret):
+            print(path)
+    return 0
+
+
+def _project(options: argparse.Namespace) -> int:
+    from coursekit import projects
+
+    if options.action == "check":
+        return _verified(options.folder)
+    if options.action == "record":
+        for path in projects.record(options.folder):
+            print(path)
+        return 0
+    projects.new(options.track, options.folder)
+    print(f"{options.folder}: fill project.yaml, run.py and report.md in, then record it, then check it")
+    return 0
+
+
+def _verified(folder: Path) -> int:
+    from coursekit import projects
+
+    findings = projects.verify(folder)
+    for finding in findings:
+        mark = "passed" if finding.passed else "FAILED"
+        print(f"  {mark}  {finding.title}" + (f": {finding.message}" if finding.message else ""))
+    reached = sum(finding.points for finding in findings if finding.passed)
+    print(f"{folder}: {reached} of {projects.POINTS} points by machine")
+    return 0 if reached == projects.POINTS else 1
+
+
+def _made_secret(path: Path) -> bytes:
+    if not path.exists():
+        path.write_text(secrets.token_hex(32), encoding="utf-8")
+        path.chmod(0o600)
+    return _secret(path)
 
 
 def _secret(path: Path) -> bytes:

@@ -1,9 +1,9 @@
 """Grading: run the checks on what students handed in, with seeds that they have not seen.
 
-A folder holds a folder per student with notebooks (`m1-discretisation.ipynb`) and quiz forms
-(`*.quiz.yaml`). Of a notebook only the cells of exercises are executed, each by itself, in a process of its
-own; which exercises count is read from the course, not from the notebook, so a deleted or crashed cell costs
-its points and nothing else.
+A folder holds a folder per student with notebooks (`m1-discretisation.ipynb`), quiz forms (`*.quiz.yaml`),
+the two files of the midterm, and projects (a folder with `project.yaml`). Of a notebook only the cells of
+exercises are executed, each by itself, in a process of its own; which exercises count is read from the
+course, not from the notebook, so a deleted or crashed cell costs its points and nothing else.
 
 Limits: this stops mistakes and shortcuts, not an attacker, since answer and check share a process.
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from coursekit import exercises, lessons, quizzes
+from coursekit import exercises, lessons, midterm, projects, quizzes
 
 TIMEOUT = 300.0
 """Seconds for one notebook."""
@@ -111,14 +111,15 @@ def answers(notebook: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_notebook(
-    path: Path, seed: int, *, graded_only: bool = False
+    path: Path, seed: int, *, graded_only: bool = False, only: Iterable[str] | None = None
 ) -> list[tuple[str, list[exercises.Outcome]]]:
-    """Judge every exercise of a notebook's lesson.
+    """Judge every exercise of a notebook's lesson, or of a midterm's own list.
 
     Args:
         path: The notebook.
         seed: Seed of the inputs.
         graded_only: Leave practice out.
+        only: These exercises, whatever the notebook says that it is.
 
     Raises:
         ValueError: It is not a notebook of a lesson.
@@ -128,16 +129,18 @@ def check_notebook(
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a notebook: {error}") from error
     lesson = notebook.get("metadata", {}).get("lesson")
-    if lesson not in lessons.names():
+    if only is not None:
+        names = list(only)
+    elif lesson == lessons.MIDTERM:
+        names = [str(name) for name in notebook["metadata"].get("exercises", [])]
+    elif lesson in lessons.names():
+        cells = lessons.cells(lessons.source(lesson))
+        names = [cell.exercise for cell in cells if cell.exercise is not None]
+    else:
         raise ValueError(f"{path} is not a notebook of a lesson")
     found = answers(notebook)
-    result = []
-    for cell in lessons.cells(lessons.source(lesson)):
-        if cell.exercise is not None:
-            exercise = exercises.find(cell.exercise)
-            if exercise.graded or not graded_only:
-                result.append((exercise.id, judge(exercise, found.get(exercise.id), seed)))
-    return result
+    wanted = [exercise for exercise in map(exercises.find, names) if exercise.graded or not graded_only]
+    return [(exercise.id, judge(exercise, found.get(exercise.id), seed)) for exercise in wanted]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -158,32 +161,86 @@ def grade(folder: Path, seed: int, secret: bytes | None) -> list[Mark]:
     marks: list[Mark] = []
     for student in sorted(path for path in folder.iterdir() if path.is_dir()):
         for notebook in sorted(student.glob("*.ipynb")):
-            marks += _grade_notebook(student.name, notebook, seed)
-        for form in sorted(student.glob("*.quiz.yaml")):
-            if secret is None:
-                raise ValueError(f"{form} needs the secret it was made with: --secret-file")
-            marks.append(_grade_form(student.name, form, secret))
+            if notebook.name != midterm.NOTEBOOK:
+                marks += _grade_notebook(student.name, notebook, seed)
+        forms = sorted(student.glob("*.quiz.yaml"))
+        has_midterm = any((student / name).exists() for name in (midterm.NOTEBOOK, midterm.FORM))
+        if secret is None and (forms or has_midterm):
+            raise ValueError(f"the forms of {student} need the secret they were made with: --secret-file")
+        marks += [_grade_form(student.name, form, secret) for form in forms if form.name != midterm.FORM]
+        if has_midterm:
+            marks.append(_grade_midterm(student, seed, secret))
+        for project in sorted(student.glob("*/project.yaml")):
+            marks.append(_grade_project(student.name, project.parent))
     if not marks:
-        raise ValueError(f"{folder} has no folder with notebooks (*.ipynb) or quiz forms (*.quiz.yaml) in it")
+        raise ValueError(
+            f"{folder} has no folder with notebooks (*.ipynb), quiz forms (*.quiz.yaml) or projects in it"
+        )
     return marks
 
 
 def _grade_notebook(student: str, path: Path, seed: int) -> list[Mark]:
-    """In a process of its own: an endless loop or a crash costs this notebook only."""
+    judged = _judged_apart(path, seed)
+    if isinstance(judged, str):
+        return _all_lost(student, path, judged)
+    return [_mark(student, name, outcomes) for name, outcomes in judged]
+
+
+def _judged_apart(
+    path: Path, seed: int, only: Iterable[str] = ()
+) -> list[tuple[str, list[exercises.Outcome]]] | str:
+    """Outcomes, or why there are none. In a process of its own: a crash costs this notebook only."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "coursekit.grading", str(path.resolve()), str(seed)]
+    command = [sys.executable, "-m", "coursekit.grading", str(path.resolve()), str(seed), *only]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False
         )
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else ""
-        shown = done.stdout
     except subprocess.TimeoutExpired:
-        reason, shown = f"it took more than {TIMEOUT:.0f} s", ""
-    if reason:
-        return _all_lost(student, path, reason)
-    judged = json.loads(shown.splitlines()[-1])
-    return [_mark(student, name, [exercises.Outcome(**one) for one in outcomes]) for name, outcomes in judged]
+        return f"it took more than {TIMEOUT:.0f} s"
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    judged = json.loads(done.stdout.splitlines()[-1])
+    return [(name, [exercises.Outcome(**one) for one in outcomes]) for name, outcomes in judged]
+
+
+def _grade_midterm(folder: Path, seed: int, secret: bytes) -> Mark:
+    """Both halves, each with its weight; one that is not there has no points."""
+    student, details = folder.name, []
+    names = midterm.tasks(student, secret)
+    share = dict.fromkeys(midterm.WEIGHTS, 0.0)
+    if (folder / midterm.FORM).exists():
+        try:
+            right = midterm.marked(student, (folder / midterm.FORM).read_text(encoding="utf-8"), secret)
+            share["questions"] = sum(right.values()) / len(right)
+            details += [f"{name}: not right" for name, passed in right.items() if not passed]
+        except (ValueError, yaml.YAMLError) as error:
+            details.append(f"questions: {error}")
+    else:
+        details.append(f"{midterm.FORM} was not handed in")
+    if (folder / midterm.NOTEBOOK).exists():
+        judged = _judged_apart(folder / midterm.NOTEBOOK, seed, names)
+        if isinstance(judged, str):
+            details.append(f"tasks: {judged}")
+        else:
+            marks = [_mark(student, name, outcomes) for name, outcomes in judged]
+            share["tasks"] = sum(m.reached for m in marks) / sum(m.possible for m in marks)
+            details += [f"{mark.work}: {line}" for mark in marks for line in mark.details]
+    else:
+        details.append(f"{midterm.NOTEBOOK} was not handed in")
+    points = sum(midterm.WEIGHTS[half] * share[half] for half in share)
+    return Mark(student, "midterm", round(points), sum(midterm.WEIGHTS.values()), details)
+
+
+def _grade_project(student: str, folder: Path) -> Mark:
+    findings = projects.verify(folder)
+    return Mark(
+        student,
+        "project, by machine",
+        sum(finding.points for finding in findings if finding.passed),
+        projects.POINTS,
+        [f"{finding.title}: {finding.message}" for finding in findings if not finding.passed],
+    )
 
 
 def _all_lost(student: str, path: Path, reason: str) -> list[Mark]:
@@ -267,6 +324,6 @@ def as_html(marks: list[Mark]) -> str:
 
 
 if __name__ == "__main__":
-    judged = check_notebook(Path(sys.argv[1]), int(sys.argv[2]), graded_only=True)
+    judged = check_notebook(Path(sys.argv[1]), int(sys.argv[2]), graded_only=True, only=sys.argv[3:] or None)
     result = [[name, [dataclasses.asdict(outcome) for outcome in outcomes]] for name, outcomes in judged]
     sys.stdout.write("\n" + json.dumps(result) + "\n")

@@ -105,10 +105,14 @@ def solved(code: str) -> str:
     return _SOLUTION_MARKS.sub("", code)
 
 
+MIDTERM = "midterm/tasks"
+"""The coding tasks that stand in the midterm only: a source like a lesson's, which is no page of the site."""
+
+
 def exercise_cells() -> dict[str, tuple[str, Cell]]:
-    """Exercise -> lesson and cell."""
+    """Exercise -> lesson and cell; those of the midterm included."""
     found: dict[str, tuple[str, Cell]] = {}
-    for name in names():
+    for name in [*names(), MIDTERM]:
         for cell in cells(source(name)):
             if cell.exercise is not None:
                 if cell.exercise in found:
@@ -184,6 +188,28 @@ def student(text: str) -> str:
         raw = text[cell.span[0] : cell.span[1]]
         pieces.append(raw.replace(cell.code, stub(cell.code)) if cell.exercise else raw)
     return "".join(pieces) + _plain(text[end:])
+
+
+def statement(text: str, exercise: str) -> str:
+    """What a source says above an exercise's cell, back to the cell or the heading before, as plain Markdown.
+
+    Args:
+        text: The source.
+        exercise: Which.
+
+    Raises:
+        ValueError: It does not stand there.
+    """
+    end = 0
+    for cell in cells(text):
+        if cell.exercise == exercise:
+            above = re.split(r"^#+ .*\n", text[end : cell.span[0]], flags=re.MULTILINE)[-1]
+            return _plain(_HINT.sub("", above)).strip()
+        end = cell.span[1]
+    raise ValueError(f"there is no exercise {exercise!r} in this source")
+
+
+_HINT = re.compile(r"^(:{3,})\{dropdown\}.*?^\1$\n?", re.MULTILINE | re.DOTALL)
 
 
 def _plain(prose: str) -> str:

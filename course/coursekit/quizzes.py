@@ -113,12 +113,12 @@ def bank(module: str) -> dict[str, dict[str, Any]]:
     """The items of a module.
 
     Args:
-        module: As `m1`.
+        module: As `m1`, or `midterm` for the questions that stand in the midterm only.
 
     Raises:
         ValueError: Two items have one name, or an item lacks what it needs.
     """
-    path = COURSE / "quizzes" / f"{module}.yaml"
+    path = COURSE / ("midterm/questions.yaml" if module == "midterm" else f"quizzes/{module}.yaml")
     items = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
     found: dict[str, dict[str, Any]] = {}
     for item in items or []:
@@ -249,8 +249,18 @@ def personal(module: str, student: str, secret: bytes) -> list[Question]:
 
 def form(module: str, student: str, secret: bytes) -> str:
     """A student's questions as a YAML file to fill in, without the keys."""
-    lines = [f"quiz: {module}", f"student: {_quoted(student)}", "answers:"]
-    for question in personal(module, student, secret):
+    return written(personal(module, student, secret), quiz=module, student=student)
+
+
+def written(questions: list[Question], **head: str) -> str:
+    """Questions as a YAML file to fill in, without the keys.
+
+    Args:
+        questions: What to ask.
+        head: What stands above the answers.
+    """
+    lines = [f"{name}: {_quoted(value)}" for name, value in head.items()] + ["answers:"]
+    for question in questions:
         lines += [f"  # {line}" for line in question.ask.strip().splitlines()]
         lines += [f"  #   {index}: {choice.text.strip()}" for index, choice in enumerate(question.choices)]
         kind = {
@@ -279,17 +289,32 @@ def mark(text: str, secret: bytes) -> tuple[str, str, dict[str, bool]]:
     Raises:
         ValueError: It is not a form.
     """
+    filled = read_form(text)
+    questions = personal(filled["quiz"], filled["student"], secret)
+    return filled["quiz"], filled["student"], judged(questions, filled["answers"] or {})
+
+
+def read_form(text: str) -> dict[str, Any]:
+    """A form as it was handed in.
+
+    Raises:
+        ValueError: It is not a form.
+    """
     filled = yaml.safe_load(text)
     if not isinstance(filled, dict) or not {"quiz", "student", "answers"} <= set(filled):
         raise ValueError("a quiz form has quiz, student and answers")
-    answers = filled["answers"] or {}
-    questions = personal(filled["quiz"], filled["student"], secret)
-    result = {
+    if not isinstance(filled["answers"] or {}, dict):
+        raise ValueError("the answers of a quiz form are lines like `m1-half-life: 3.5`")
+    return filled
+
+
+def judged(questions: list[Question], answers: Mapping[str, Any]) -> dict[str, bool]:
+    """Which questions were answered rightly; one left out counts as wrong."""
+    return {
         question.id: answers.get(question.id) is not None
         and question.is_right(_literal(answers[question.id]))
         for question in questions
     }
-    return filled["quiz"], filled["student"], result
 
 
 def _literal(answer: Any) -> Any:
