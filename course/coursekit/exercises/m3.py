@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from coursekit.exercises import Exercise, close
@@ -153,7 +155,7 @@ def _(wsd, rng):
     steps, warmup, decay, floor = _plan(rng)
     rates = [wsd(step, steps, warmup, decay, floor) for step in range(steps - decay, steps + 1)]
     assert abs(rates[-1] - floor) < 1e-12, f"at the end: {rates[-1]}, expected {floor}"
-    falls = [one - two for one, two in zip(rates, rates[1:], strict=False)]
+    falls = [one - two for one, two in itertools.pairwise(rates)]
     assert max(falls) - min(falls) < 1e-9 and falls[0] > 0, "the decay is not even"
 
 
@@ -283,7 +285,9 @@ bits_per_byte.wrong(
 )
 bits_per_byte.wrong(
     "characters",
-    "import math\ndef bits_per_byte(loss, tokens, text):\n    return loss / math.log(2) * tokens / len(text)\n",
+    "import math\n"
+    "def bits_per_byte(loss, tokens, text):\n"
+    "    return loss / math.log(2) * tokens / len(text)\n",
 )
 # ---------------------------------------------------------------------------------------------------------
 # Fine-tuning
@@ -525,7 +529,8 @@ def _(parameters, rng):
 
 count.wrong(
     "the projections only",
-    "def parameters(layers, d, v, n, rank, tied):\n    return layers * 6 * d * d + (1 if tied else 2) * v * d\n",
+    "def parameters(layers, d, v, n, rank, tied):\n"
+    "    return layers * 6 * d * d + (1 if tied else 2) * v * d\n",
 )
 count.wrong(
     "always tied",
