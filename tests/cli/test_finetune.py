@@ -90,7 +90,7 @@ def test_evaluate_writes_what_it_measured(cli, text_run, tmp_path):
         (["--task", "perplexty"], "did you mean 'perplexity'"),
         (["--task", "choice"], "needs a --file"),
         (["--task", "lambada", "--dtype", "float31"], "did you mean 'float32'"),
-        (["--task", "lambada", "--file", "nothing.jsonl"], "'nothing.jsonl' does not exist"),
+        (["--task", "lambada", "--file", "nothing.jsonl"], "nothing.jsonl' does not exist"),
     ],
 )
 def test_requests_that_cannot_be(cli, text_run, words, expected):

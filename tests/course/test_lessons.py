@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from coursekit import exercises, figures, grading, lessons, notebooks
@@ -131,12 +132,12 @@ def test_modules_of_the_course_are_found_by_the_command(tmp_path, monkeypatch, c
     assert "inside a checkout" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_missing_package_is_one_line(monkeypatch, capsys):
     import coursekit
 
     from mambakit.cli import main
 
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(Path(__file__).parent)  # in the checkout, also where the package is installed elsewhere
     monkeypatch.setitem(sys.modules, "jupytext", None)
     monkeypatch.delitem(sys.modules, "coursekit.notebooks")
     monkeypatch.delattr(coursekit, "notebooks")
